@@ -1,0 +1,74 @@
+"""What every model of the pipeline agrees on: queries in, scores out, arrays to disk.
+
+Legend: B queries, N items of the catalogue, K candidates, S sources.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from raysys.queries import Queries
+
+Arrays = dict[str, np.ndarray]
+Meta = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What retrieval hands to ranking: K items a query, best fused first.
+
+    Attributes:
+        items: (B, K) int32 item rows; -1 pads rows with fewer than K candidates.
+        fused: (B, K) float32 log-probability of the fused sources; -inf at padding.
+        log_probs: (B, K, S) float32 log-probability under each source alone.
+        sources: S names, in the order of the last axis of `log_probs`.
+    """
+
+    items: np.ndarray
+    fused: np.ndarray
+    log_probs: np.ndarray
+    sources: tuple[str, ...]
+
+
+@runtime_checkable
+class Retriever(Protocol):
+    """A retrieval source: scores the whole catalogue for a batch of queries."""
+
+    name: str
+
+    def scores(self, queries: Queries) -> np.ndarray:
+        """(B, N) float32 unbounded scores, higher is better; rows of a query without evidence are constant."""
+        ...
+
+    def to_arrays(self) -> tuple[Arrays, Meta]:
+        """Arrays for a safetensors file and JSON metadata, enough for `from_arrays`."""
+        ...
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays, meta: Meta) -> "Retriever":
+        """The model back from what `to_arrays` gave."""
+        ...
+
+
+def top_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """Columns of the k largest values of each row, best first; ties by lower column.
+
+    Args:
+        scores: (B, N) float32.
+        k: cut-off; N when larger.
+
+    Returns:
+        (B, min(k, N)) int64 columns.
+    """
+    k = min(k, scores.shape[1])
+    if k < scores.shape[1]:
+        # Threshold first, so that the winners among equal scores do not depend on the partition.
+        threshold = np.partition(scores, scores.shape[1] - k, axis=1)[:, -k][:, None]
+        if (np.count_nonzero(scores >= threshold, axis=1) == k).all():
+            columns = np.nonzero(scores >= threshold)[1].reshape(len(scores), k)
+        else:
+            return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        order = np.argsort(-np.take_along_axis(scores, columns, 1), axis=1, kind="stable")
+        return np.take_along_axis(columns, order, 1)
+    return np.argsort(-scores, axis=1, kind="stable")

@@ -1,0 +1,80 @@
+"""A batch of users as the models see them. Below models and prepare, so that both may use it.
+
+Legend: B queries, L events of all histories together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Queries:
+    """A batch of users as the models see them: ragged histories, oldest event first.
+
+    Attributes:
+        items: (L,) int32 item rows in [0, N).
+        events: (L,) int8 event type codes (position in the bundle's list of events).
+        times: (L,) int64 UTC epoch seconds (an ordinal where the data has order only).
+        indptr: (B+1,) int64; history b is `items[indptr[b]:indptr[b+1]]`.
+        now: (B,) int64 time of the request, in the unit of `times`.
+    """
+
+    items: np.ndarray
+    events: np.ndarray
+    times: np.ndarray
+    indptr: np.ndarray
+    now: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(B,) int64 number of events of each history."""
+        return np.diff(self.indptr)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(L,) int64 the query each event belongs to."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def __getitem__(self, index: slice) -> "Queries":
+        """A contiguous sub-batch."""
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            raise ValueError(f"expected a contiguous slice, got step {step}")
+        first, last = self.indptr[start], self.indptr[max(start, stop)]
+        return Queries(
+            self.items[first:last],
+            self.events[first:last],
+            self.times[first:last],
+            self.indptr[start : max(start, stop) + 1] - first,
+            self.now[start:stop],
+        )
+
+    @classmethod
+    def from_lists(
+        cls,
+        items: Sequence[Sequence[int]],
+        events: Sequence[Sequence[int]] | None = None,
+        times: Sequence[Sequence[int]] | None = None,
+        now: Sequence[int] | None = None,
+    ) -> "Queries":
+        """Build a batch from one list of item rows a user (defaults: code 0, time = position)."""
+        lengths = np.array([len(history) for history in items], dtype=np.int64)
+        indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+        def flat(lists: Sequence[Sequence[int]], dtype: Any) -> np.ndarray:
+            return np.array([value for row in lists for value in row], dtype=dtype)
+
+        flat_times = flat(times, np.int64) if times is not None else np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths)
+        return cls(
+            flat(items, np.int32),
+            flat(events, np.int8) if events is not None else np.zeros(indptr[-1], np.int8),
+            flat_times.astype(np.int64),
+            indptr,
+            np.array(now, np.int64) if now is not None else lengths.astype(np.int64),
+        )
