@@ -1,0 +1,388 @@
+"""The command line: `raysys NAME ...`, and the same verbs for `jobs/NAME.py`.
+
+Only arguments and closing tables live here; every command calls one function of
+the package. A user's mistake prints one line and exits with 2.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import raysys
+from raysys import cluster, config, storage
+from raysys.errors import ConfigError, RaysysError
+
+Rows = list[tuple[str, str]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0 only on success."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    # Ray turns SIGTERM into SystemExit only in workers; a terminated command must still clean up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        rows = arguments.run(arguments)
+    except RaysysError as error:
+        print(f"raysys {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"raysys {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    if rows:
+        print_table(rows)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
+    parser = argparse.ArgumentParser(prog="raysys", description=raysys.__doc__)
+    parser.add_argument("--version", action="version", version=f"raysys {raysys.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("demo", _demo, "the whole road on MovieLens-100k, from raw events to an answer that changes")
+    command.add_argument("--data", help="folder with MovieLens-100k (RecBole or GroupLens files); downloaded when absent")
+    command.add_argument("--dir", default="runs/demo", help="folder for everything the demo writes (default: runs/demo)")
+    command.add_argument("--port", type=int, default=8000, help="HTTP port (default: 8000)")
+    command.add_argument("--keep-serving", action="store_true", help="keep the service running at the end, until Ctrl-C")
+
+    command = add("import", _import, "read a known source into the data contract")
+    command.add_argument("kind", choices=["movielens", "recbole", "sequences", "amazon-reviews", "synthetic"])
+    command.add_argument("src", nargs="?", help="file or folder (not for synthetic)")
+    command.add_argument("--out", required=True)
+    command.add_argument("--users", type=int, default=1000, help="synthetic: number of users")
+    command.add_argument("--items", type=int, default=500, help="synthetic: number of items")
+    command.add_argument("--events", type=int, default=50_000, help="synthetic: number of events")
+    command.add_argument("--seed", type=int, default=0, help="synthetic: random seed")
+
+    command = add("prepare", _prepare, "validate, deduplicate, split and encode a data set into user sequences")
+    command.add_argument("--data", required=True)
+    command.add_argument("--out", required=True)
+    command.add_argument("--split", choices=["leave-one-out", "time", "none"], default="leave-one-out")
+    command.add_argument("--strict", action="store_true", help="make any bad row an error")
+    _add_config(command)
+
+    command = add("train", _train, "train every model of the pipeline into a bundle")
+    _add_prepared(command)
+    command.add_argument("--out", required=True, metavar="BUNDLE")
+    command.add_argument("--fit", choices=["train", "train+valid"], default="train", help="part to fit on (default: train)")
+    command.add_argument("--seed", type=int, default=None)
+    command.add_argument("--time-budget", default=None, metavar="30m", help="stop in time and keep the best validation state")
+    _add_config(command)
+
+    command = add("tune", _tune, "search settings with Ray Tune and ASHA")
+    _add_prepared(command)
+    command.add_argument("--out", required=True)
+    command.add_argument("--samples", type=int, default=8)
+    command.add_argument("--seed", type=int, default=0)
+    _add_config(command)
+
+    command = add("evaluate", _evaluate, "full-catalogue metrics of a bundle, per stage")
+    _add_prepared(command)
+    command.add_argument("--model", required=True, metavar="BUNDLE")
+    command.add_argument("--split", choices=["test", "valid"], default="test")
+    command.add_argument("--no-mask", action="store_true", help="leave items the user has already seen in the ranking")
+    command.add_argument("--out", help="write the metrics as JSON")
+    command.add_argument("--report", help="write an HTML report")
+    command.add_argument("--max-users", type=int, default=None, help="evaluate a random sample of targets")
+    command.add_argument("--seed", type=int, default=0)
+
+    command = add("publish", _publish, "make a bundle the current version of a registry")
+    command.add_argument("bundle")
+    command.add_argument("--registry", default=None)
+    command.add_argument("--unpin", action="store_true", help="end the pin that a rollback left")
+
+    command = add("rollback", _rollback, "return to an earlier version and pin it")
+    command.add_argument("--registry", default=None)
+    command.add_argument("--to", default=None, metavar="VERSION")
+
+    command = add("models", _models, "list the versions of a registry")
+    command.add_argument("--registry", default=None)
+
+    command = add("serve", _serve, "serve over HTTP with the fast Serve settings")
+    command.add_argument("--config", default="serve_config.yaml")
+    command.add_argument("--host", default=None)
+    command.add_argument("--port", type=int, default=None)
+    command.add_argument("--registry", default=None)
+    command.add_argument("--events", default=None)
+    command.add_argument("--state", default=None)
+    command.add_argument("--insecure", action="store_true", help="allow another host than 127.0.0.1 without an API key")
+
+    command = add("online", _online, "learn from the event log and publish better versions")
+    command.add_argument("--registry", default=None)
+    command.add_argument("--events", default=None)
+    command.add_argument("--state", default=None)
+    command.add_argument("--once", action="store_true", help="one round, then exit")
+    command.add_argument("--interval", type=float, default=30.0, help="seconds between rounds (default: 30)")
+    _add_config(command)
+
+    command = add("recommend", _recommend, "one answer without a server, by the same code")
+    command.add_argument("--model", required=True, metavar="BUNDLE")
+    command.add_argument("--user", required=True)
+    command.add_argument("-k", type=int, default=10)
+
+    command = add("pipeline", _pipeline, "prepare, train, evaluate and publish in one run")
+    command.add_argument("--data", required=True)
+    command.add_argument("--out", required=True, help="folder for the prepared set, the bundle and the metrics")
+    command.add_argument("--split", choices=["leave-one-out", "time", "none"], default="leave-one-out")
+    command.add_argument("--registry", default=None, help="publish there when given")
+    command.add_argument("--seed", type=int, default=None)
+    command.add_argument("--time-budget", default=None, metavar="30m")
+    _add_config(command)
+
+    command = add("bench", _bench, "run a benchmark of benchmarks/")
+    command.add_argument("name", nargs="?", help="name of a benchmark; the list when absent")
+    command.add_argument("rest", nargs=argparse.REMAINDER)
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", default=None, metavar="FILE", help="YAML settings")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="one setting; may be repeated")
+
+
+def _add_prepared(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--prepared", required=True, metavar="DIR")
+
+
+def _demo(arguments: argparse.Namespace) -> Rows:
+    from raysys.demo import run_demo
+
+    return run_demo(arguments.data, os.path.abspath(arguments.dir), port=arguments.port, keep_serving=arguments.keep_serving)
+
+
+def _import(arguments: argparse.Namespace) -> Rows:
+    from raysys.adapters import import_dataset
+
+    if (arguments.kind == "synthetic") != (arguments.src is None):
+        expected = "no SRC" if arguments.kind == "synthetic" else "SRC, a file or folder"
+        raise ConfigError(f"import {arguments.kind}: expected {expected}, got {arguments.src!r}")
+    summary = import_dataset(
+        arguments.kind,
+        cluster.location(arguments.src, "SRC") if arguments.src else None,
+        cluster.location(arguments.out, "--out"),
+        users=arguments.users,
+        items=arguments.items,
+        events=arguments.events,
+        seed=arguments.seed,
+    )
+    return [(str(key), _short(value)) for key, value in summary.items()]
+
+
+def _prepare(arguments: argparse.Namespace) -> Rows:
+    from raysys.prepare.config import PrepareConfig
+    from raysys.prepare.run import prepare, summary_rows
+
+    settings = config.load(PrepareConfig, arguments.config, arguments.overrides)
+    data, out = cluster.location(arguments.data, "--data"), cluster.location(arguments.out, "--out")
+    with cluster.connected():
+        manifest = prepare(data, out, split=arguments.split, config=settings, strict=arguments.strict)
+    return [*summary_rows(manifest), ("next", f"raysys train --prepared {arguments.out} --out BUNDLE")]
+
+
+def _train(arguments: argparse.Namespace) -> Rows:
+    from raysys.train.config import load_train_config
+    from raysys.train.run import summary_rows, train
+
+    settings = load_train_config(arguments.config, arguments.overrides)
+    prepared, out = cluster.location(arguments.prepared, "--prepared"), cluster.location(arguments.out, "--out")
+    budget = parse_seconds(arguments.time_budget)
+    with cluster.connected():
+        manifest = train(prepared, out, settings, fit=arguments.fit, seed=arguments.seed, time_budget_s=budget)
+    return [*summary_rows(manifest), ("next", f"raysys evaluate --prepared {arguments.prepared} --model {arguments.out}")]
+
+
+def _tune(arguments: argparse.Namespace) -> Rows:
+    from raysys.train.tune import tune
+
+    prepared, out = cluster.location(arguments.prepared, "--prepared"), cluster.location(arguments.out, "--out")
+    with cluster.connected():
+        return tune(
+            prepared, out, config_uri=arguments.config, overrides=arguments.overrides, samples=arguments.samples, seed=arguments.seed
+        )
+
+
+def _evaluate(arguments: argparse.Namespace) -> Rows:
+    from raysys.evaluate.report import write_report
+    from raysys.evaluate.run import evaluate, summary_rows
+
+    metrics = evaluate(
+        cluster.location(arguments.prepared, "--prepared"),
+        cluster.location(arguments.model, "--model"),
+        split=arguments.split,
+        mask=not arguments.no_mask,
+        max_users=arguments.max_users,
+        seed=arguments.seed,
+    )
+    if arguments.out:
+        storage.write_json(cluster.location(arguments.out, "--out"), metrics)
+    if arguments.report:
+        write_report(metrics, cluster.location(arguments.report, "--report"))
+    return summary_rows(metrics)
+
+
+def _publish(arguments: argparse.Namespace) -> Rows:
+    from raysys.registry import Registry
+
+    registry = default_location(arguments.registry, "registry")
+    pointer = Registry(registry).publish(cluster.location(arguments.bundle, "BUNDLE"), unpin=arguments.unpin)
+    return [("registry", registry), ("current", pointer.version), ("next", f"raysys serve --registry {registry}")]
+
+
+def _rollback(arguments: argparse.Namespace) -> Rows:
+    from raysys.registry import Registry
+
+    registry = default_location(arguments.registry, "registry")
+    pointer = Registry(registry).rollback(arguments.to)
+    return [("registry", registry), ("current", f"{pointer.version} (pinned; `raysys publish BUNDLE --unpin` ends the pin)")]
+
+
+def _models(arguments: argparse.Namespace) -> Rows:
+    from raysys.registry import Registry
+
+    registry = default_location(arguments.registry, "registry")
+    versions = Registry(registry).versions()
+    marks = {version["version"]: " ".join(mark for mark in ("current", "pinned") if version.get(mark)) for version in versions}
+    rows = [(v["version"], f"published {v.get('published')}  {_short(v.get('metrics'))}  {marks[v['version']]}".rstrip()) for v in versions]
+    return rows or [("registry", f"{registry} has no published model; run `raysys publish BUNDLE --registry {registry}`")]
+
+
+def _serve(arguments: argparse.Namespace) -> Rows:
+    from raysys.serve.launch import launch
+
+    launch(
+        arguments.config,
+        host=arguments.host,
+        port=arguments.port,
+        registry=arguments.registry and cluster.location(arguments.registry, "--registry"),
+        events=arguments.events and cluster.location(arguments.events, "--events"),
+        state=arguments.state and cluster.location(arguments.state, "--state"),
+        insecure=arguments.insecure,
+    )
+    return []
+
+
+def _online(arguments: argparse.Namespace) -> Rows:
+    from raysys.online.learner import OnlineConfig, run_online
+
+    report = run_online(
+        default_location(arguments.registry, "registry"),
+        default_location(arguments.events, "events"),
+        default_location(arguments.state, "state"),
+        once=arguments.once,
+        interval_s=arguments.interval,
+        config=config.load(OnlineConfig, arguments.config, arguments.overrides),
+    )
+    return [(str(key), _short(value)) for key, value in report.items()]
+
+
+def _recommend(arguments: argparse.Namespace) -> Rows:
+    from raysys.bundle import Bundle
+    from raysys.pipeline import recommend_user
+
+    bundle = Bundle.open(cluster.location(arguments.model, "--model"))
+    if arguments.k < 1:
+        raise ConfigError(f"-k: expected at least 1, got {arguments.k}")
+    answer = recommend_user(bundle, arguments.user, arguments.k)
+    titles = bundle.items["title"].to_pylist() if "title" in bundle.items.column_names else bundle.item_ids
+    print(f"strategy {answer.strategy}, version {bundle.version}")
+    rows = []
+    for rank, (row, score, probability) in enumerate(zip(answer.items, answer.scores, answer.probabilities, strict=True), start=1):
+        chance = "" if probability is None else f"  p={probability:.3f}"
+        rows.append((f"{rank:3d}  {bundle.item_ids[row]}", f"{titles[row] or ''}  score={score:.3f}{chance}".strip()))
+    return rows
+
+
+def _pipeline(arguments: argparse.Namespace) -> Rows:
+    from raysys.evaluate.report import write_report
+    from raysys.evaluate.run import evaluate, summary_rows
+    from raysys.prepare.run import prepare
+    from raysys.registry import Registry
+    from raysys.train.config import load_train_config
+    from raysys.train.run import train
+
+    settings = load_train_config(arguments.config, arguments.overrides)
+    data, out = cluster.location(arguments.data, "--data"), cluster.location(arguments.out, "--out")
+    prepared, bundle = storage.join(out, "prepared"), storage.join(out, "bundle")
+    budget = parse_seconds(arguments.time_budget)
+    with cluster.connected():
+        prepare(data, prepared, split=arguments.split)
+        train(prepared, bundle, settings, seed=arguments.seed, time_budget_s=budget)
+    rows: Rows = []
+    if arguments.split != "none":
+        metrics = evaluate(prepared, bundle, split="test")
+        storage.write_json(storage.join(out, "metrics.json"), metrics)
+        write_report(metrics, storage.join(out, "report.html"))
+        rows = summary_rows(metrics)
+    if arguments.registry:
+        registry = cluster.location(arguments.registry, "--registry")
+        pointer = Registry(registry).publish(bundle)
+        rows.append(("published", f"{pointer.version} in {registry}"))
+    return [*rows, ("bundle", bundle)]
+
+
+def _bench(arguments: argparse.Namespace) -> Rows:
+    import runpy
+    from pathlib import Path
+
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    if arguments.name is None:
+        return [(name, f"raysys bench {name}") for name in names]
+    if arguments.name not in names:
+        raise ConfigError(
+            f"bench: expected one of {', '.join(names) or 'nothing (no benchmarks folder beside the package)'}, got {arguments.name!r}"
+        )
+    sys.argv = [arguments.name, *arguments.rest]
+    runpy.run_path(str(folder / f"{arguments.name}.py"), run_name="__main__")
+    return []
+
+
+def default_location(value: str | None, what: str) -> str:
+    """A registry, event log or state: the flag, else `RAYSYS_*`, else a folder under the home of raysys."""
+    return cluster.location(value or os.environ.get(f"RAYSYS_{what.upper()}") or str(storage.home() / what), f"--{what}")
+
+
+def parse_seconds(text: str | None) -> float | None:
+    """Seconds from `90`, `90s`, `30m` or `2h`.
+
+    Raises:
+        ConfigError: anything else, or nothing positive.
+    """
+    if text is None:
+        return None
+    number, unit = (text[:-1], text[-1]) if text[-1:] in "smh" and text else (text, "s")
+    try:
+        seconds = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ConfigError(f"--time-budget: expected a duration such as 90s, 30m or 2h, got {text!r}")
+    return seconds
+
+
+def print_table(rows: Rows) -> None:
+    """Two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}", flush=True)
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return json.dumps(value, default=str)[:200]
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""One request, or a batch of them, from history to ranked items. No Ray, no HTTP, no state.
+
+Serving, evaluation, training of the ranker and the command line all run this
+code; that is what makes an offline figure a statement about the live answer.
+
+Legend: B queries, N catalogue items, K candidates, S sources, D content dimension.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from raysys.bundle import Bundle
+from raysys.models.base import Candidates, top_k
+from raysys.models.fusion import Fusion
+from raysys.queries import Queries
+
+NUM_CANDIDATES = 200
+"""Items that retrieval hands to ranking."""
+
+LIVE_FIRST_RANK = 3
+"""Best place (0-based) a brand-new item can take: it displaces nobody from the very top unseen."""
+LIVE_MAX_RANK = 15
+"""A new item is shown only where fewer than this many catalogue items fit the user better by content."""
+LIVE_MAX_SHARE = 0.3
+"""At most this share of an answer are brand-new items."""
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """Candidates, and what it takes to place items that no model row knows yet.
+
+    Attributes:
+        candidates: K per query, best fused first.
+        profiles: (B, D) float32 content profile of each history; None without content vectors.
+        affinity: (B, LIVE_MAX_RANK) float32 content scores of the best fitting catalogue items, descending.
+    """
+
+    candidates: Candidates
+    profiles: np.ndarray | None
+    affinity: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an item is in the answer: the source that spoke for it most, and the past item behind it."""
+
+    kind: str
+    because: int | None = None
+    """Item row of the history that contributed most, None where no single one did."""
+
+
+class Pipeline:
+    """The models of one bundle, composed."""
+
+    def __init__(self, bundle: Bundle, *, num_candidates: int = NUM_CANDIDATES):
+        self.bundle = bundle
+        self.num_candidates = num_candidates
+        self.fusion = Fusion.from_dict(bundle.fusion["mixture"])
+        self.ranker_weight = float(bundle.fusion.get("ranker_weight", 0.0))
+        self.ranker = bundle.models.get("ranker")
+        self.sources = {name: bundle.models[name] for name in self.fusion.weights if self.fusion.weights[name] > 0}
+        self.content = bundle.models.get("content")
+
+    @property
+    def num_items(self) -> int:
+        """N, items with a model row."""
+        return self.bundle.items.num_rows
+
+    def source_log_probs(self, queries: Queries) -> dict[str, np.ndarray]:
+        """(B, N) float32 log-probability of the next item under each source in use."""
+        return {name: self.fusion.log_probs(model.scores(queries), name) for name, model in self.sources.items()}
+
+    def retrieve(self, queries: Queries, k: int | None = None, *, allowed: np.ndarray | None = None) -> Retrieved:
+        """Fuse the sources over the catalogue, mask, take the best.
+
+        Args:
+            queries: B histories.
+            k: candidates a query; the bundle's number when None.
+            allowed: (B, N) or (N,) bool; masked before the cut, so that filters still return k items.
+        """
+        log_probs = self.source_log_probs(queries)
+        fused = self.fusion.fuse(log_probs, empty=queries.lengths == 0)
+        if allowed is not None:
+            fused = np.where(allowed, fused, -np.inf)
+        items = top_k(fused, self.num_candidates if k is None else k)
+        fused_BK = np.take_along_axis(fused, items, 1)
+        per_source = np.stack([np.take_along_axis(values, items, 1) for values in log_probs.values()], axis=-1)
+        items = np.where(np.isfinite(fused_BK), items, -1).astype(np.int32)
+        candidates = Candidates(items, fused_BK.astype(np.float32), per_source.astype(np.float32), tuple(log_probs))
+        if self.content is None:
+            return Retrieved(candidates, None, None)
+        profiles = self.content.profile(queries)
+        affinity = np.sort(profiles @ self.content.item_vectors.T, axis=1)[:, : -LIVE_MAX_RANK - 1 : -1]
+        return Retrieved(candidates, profiles, affinity)
+
+    def rank(self, queries: Queries, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
+        """Scores to order candidates by, and calibrated probabilities.
+
+        Returns:
+            (B, K) float32 scores (-inf at padding) and (B, K) float32 P(positive event | shown), NaN where not calibrated.
+        """
+        if self.ranker is None:
+            return candidates.fused, np.full(candidates.items.shape, np.nan, np.float32)
+        logits, probabilities = self.ranker.score(queries, candidates)
+        if self.ranker_weight == 0.0:
+            return candidates.fused, probabilities
+        return mix_scores(candidates.fused, logits, self.ranker_weight), probabilities
+
+    def recommend(self, queries: Queries, n: int, *, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The n best items a query, as (B, n) int32 rows (-1 padded), scores and probabilities."""
+        candidates = self.retrieve(queries, max(n, self.num_candidates), allowed=allowed).candidates
+        scores, probabilities = self.rank(queries, candidates)
+        order = top_k(scores, n)
+        picked = (np.take_along_axis(array, order, 1) for array in (candidates.items, scores, probabilities))
+        items, scores, probabilities = picked
+        return items, scores, probabilities
+
+    def explain(self, query: Queries, items: np.ndarray) -> list[Reason]:
+        """One reason an item for a single query.
+
+        Args:
+            query: B = 1.
+            items: (K,) item rows.
+        """
+        log_probs = self.source_log_probs(query)
+        names = list(log_probs)
+        shares = np.stack([np.log(self.fusion.weights[name]) + log_probs[name][0, items] for name in names])
+        if len(query.items) == 0:
+            return [Reason("popularity")] * len(items)
+        because = {"covisit": self.bundle.models["covisit"].contributions(query, items)} if "covisit" in self.bundle.models else {}
+        if self.content is not None:
+            similar = self.content.item_vectors[query.items] @ self.content.item_vectors[items].T
+            because["content"] = np.where(similar.max(axis=0) > 0, query.items[similar.argmax(axis=0)], -1)
+        reasons = []
+        for column, winner in enumerate(shares.argmax(axis=0)):
+            kind = names[winner]
+            # The encoder names no past item; the strongest co-visited one is the most understandable hint.
+            source = because.get("covisit" if kind == "interest" else kind)
+            item = int(source[column]) if source is not None else -1
+            reasons.append(Reason(kind, item if item >= 0 else None))
+        return reasons
+
+
+def seen_mask(queries: Queries, num_items: int) -> np.ndarray:
+    """(B, N) bool, True where the item is not in the query's history."""
+    allowed = np.ones((len(queries), num_items), bool)
+    allowed[queries.rows, queries.items] = False
+    return allowed
+
+
+def mix_scores(fused: np.ndarray, logits: np.ndarray, weight: float) -> np.ndarray:
+    """Retrieval's log-probability plus `weight` times the ranker's, both normalised over the candidates.
+
+    Args:
+        fused: (B, K) float32, -inf at padding.
+        logits: (B, K) float32, -inf at padding.
+        weight: dimensionless, 0 keeps retrieval order.
+    """
+    with np.errstate(invalid="ignore"):
+        mixed = _log_softmax(fused) + weight * _log_softmax(logits)
+    return np.where(np.isfinite(fused), mixed, -np.inf).astype(np.float32)
+
+
+def _log_softmax(values: np.ndarray) -> np.ndarray:
+    peak = values.max(axis=1, keepdims=True)
+    peak = np.where(np.isfinite(peak), peak, 0.0)
+    with np.errstate(divide="ignore"):
+        return values - peak - np.log(np.exp(values - peak).sum(axis=1, keepdims=True))
+
+
+def live_ranks(profile: np.ndarray, affinity: np.ndarray, live_vectors: np.ndarray) -> np.ndarray:
+    """Places for items that no model knows yet, by how well their content fits one user.
+
+    A new item takes the place that content alone would give it among the whole
+    catalogue, a little below the top: the first of its kind does not have to
+    beat what the models are sure of, and a user whom it does not fit never sees it.
+
+    Args:
+        profile: (D,) float32 content profile of the user.
+        affinity: (P,) float32, the user's best content scores, descending.
+        live_vectors: (M, D) float32 unit content vectors of the new items.
+
+    Returns:
+        (M,) int64 0-based rank in the answer, or -1 where the item does not fit.
+    """
+    scores = live_vectors @ profile
+    better = (affinity[None, :] > scores[:, None]).sum(axis=1)
+    fits = (better < len(affinity)) & (scores > 0)
+    return np.where(fits, LIVE_FIRST_RANK + better, -1)
