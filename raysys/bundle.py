@@ -219,7 +219,7 @@ class Bundle:
         models = {}
         for name, meta in manifest["models"].items():
             arrays: Arrays = load_arrays(storage.read_bytes(storage.join(local, f"{name}.safetensors")))
-            models[name] = _model_class(name).from_arrays(arrays, meta)
+            models[name] = load_model(name, arrays, meta)
         return cls(
             storage.read_table(storage.join(local, ITEMS)),
             models,
@@ -259,6 +259,11 @@ def verify(uri: str) -> dict:
         if found != expected:
             raise BundleCorrupt(f"{uri}: {name} has sha256 {found[:12]}, the manifest says {expected[:12]}; publish the bundle again")
     return manifest
+
+
+def load_model(name: str, arrays: Arrays, meta: dict) -> Any:
+    """A model of MODEL_CLASSES from its arrays and settings."""
+    return _model_class(name).from_arrays(arrays, meta)
 
 
 def _model_class(name: str) -> Any:

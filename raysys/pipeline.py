@@ -188,3 +188,41 @@ def live_ranks(profile: np.ndarray, affinity: np.ndarray, live_vectors: np.ndarr
     better = (affinity[None, :] > scores[:, None]).sum(axis=1)
     fits = (better < len(affinity)) & (scores > 0)
     return np.where(fits, LIVE_FIRST_RANK + better, -1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer for one user, without HTTP around it."""
+
+    strategy: str
+    """`personalized` for a user with history, else `cold_start`."""
+    items: list[int]
+    scores: list[float]
+    probabilities: list[float | None]
+
+
+def recommend_user(bundle: Bundle, user_id: str, k: int) -> Answer:
+    """The k best unseen items for a user of the bundle, or by popularity for a stranger."""
+    history = bundle.histories.lookup(user_id)
+    if history is None:
+        empty = np.zeros(0, np.int64)
+        history = (empty.astype(np.int32), empty.astype(np.int8), empty)
+    items, events, times = history
+    now = times[-1] if len(times) else bundle.manifest.get("watermark") or 0
+    queries = Queries(items, events, times, np.array([0, len(items)], np.int64), np.array([now], np.int64))
+    allowed = seen_mask(queries, bundle.items.num_rows) & available_mask(bundle)
+    rows, scores, probabilities = Pipeline(bundle).recommend(queries, k, allowed=allowed)
+    found = rows[0] >= 0
+    return Answer(
+        "personalized" if len(items) else "cold_start",
+        rows[0][found].tolist(),
+        scores[0][found].tolist(),
+        [None if np.isnan(p) else float(p) for p in probabilities[0][found]],
+    )
+
+
+def available_mask(bundle: Bundle) -> np.ndarray:
+    """(N,) bool, False for items that the catalogue marks as not available."""
+    if "available" not in bundle.items.column_names:
+        return np.ones(bundle.items.num_rows, bool)
+    return bundle.items["available"].fill_null(True).to_numpy()

@@ -1,0 +1,159 @@
+"""`raysys train`: one Ray Train run, then the bundle. Knows the driver's side only; see `stages.py`.
+
+One run trains everything, because every start of a Train run costs seconds.
+Worker 0 leaves the finished parts in the last checkpoint; the driver turns them
+into a bundle, since only the driver holds the key that hides user ids.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig
+from ray.train import ScalingConfig as RayScalingConfig
+from ray.train.torch import TorchTrainer
+from safetensors.numpy import load as load_arrays
+
+from raysys import config, storage
+from raysys.bundle import Bundle, Histories, load_model
+from raysys.errors import ConfigError, RaysysError
+from raysys.prepare.dataset import Prepared
+from raysys.train.config import TrainConfig
+from raysys.train.progress import printed_progress
+from raysys.train.stages import PARTS, Plan, run_stages
+
+Rows = list[tuple[str, str]]
+
+
+def train(
+    prepared_uri: str,
+    out: str,
+    settings: TrainConfig,
+    *,
+    fit: str = "train",
+    seed: int | None = None,
+    time_budget_s: float | None = None,
+    quiet: bool = False,
+) -> dict:
+    """Train every model of the pipeline and write a bundle.
+
+    Interrupted runs continue: a second call with the same data, settings and
+    `out` starts from the last checkpoint.
+
+    Args:
+        prepared_uri: a prepared set.
+        out: where the bundle goes.
+        settings: see `TrainConfig`.
+        fit: "train", or "train+valid" to refit on both after every choice is made (labelled in the manifest).
+        seed: overrides `settings.seed`.
+        time_budget_s: wall-clock seconds for the whole command; the best validation state so far is kept.
+        quiet: print no progress.
+
+    Returns:
+        The bundle's manifest.
+
+    Raises:
+        SchemaError: `prepared_uri` is not a prepared set, or holds too little to train on.
+        ConfigError: the settings ask for more than the cluster has.
+    """
+    started = time.time()
+    if seed is not None:
+        settings = dataclasses.replace(settings, seed=seed)
+    prepared = Prepared.open(prepared_uri)
+    workers, cpus = _resources(settings)
+    work = f"{out.rstrip('/')}.work"
+    plan = Plan(
+        prepared_uri=prepared_uri,
+        settings=settings,
+        fit=fit,
+        threads=cpus,
+        deadline=None if time_budget_s is None else started + 0.9 * time_budget_s,
+    )
+    say = (lambda line: None) if quiet else (lambda line: print(f"      {line}", flush=True))
+    with printed_progress(say) as board:
+        trainer = TorchTrainer(
+            run_stages,
+            train_loop_config={"plan": plan, "board": board},
+            scaling_config=RayScalingConfig(
+                num_workers=workers, use_gpu=settings.scaling.use_gpu, resources_per_worker={"CPU": cpus}
+            ),
+            run_config=RunConfig(
+                name=_run_name(prepared, settings, fit),
+                storage_path=work,
+                failure_config=FailureConfig(max_failures=settings.scaling.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise RaysysError(f"training failed; its checkpoints stay in {work}, the same command continues from them: {error}") from error
+    manifest = _write_bundle(prepared, out, settings, fit, _read_parts(result.checkpoint), seconds=time.time() - started)
+    storage.remove(work)
+    return manifest
+
+
+def _resources(settings: TrainConfig) -> tuple[int, int]:
+    cluster_cpus = int(ray.cluster_resources().get("CPU", 1))
+    workers = settings.scaling.workers
+    cpus = settings.scaling.cpus_per_worker or max(1, cluster_cpus // workers)
+    if workers * cpus > cluster_cpus and not settings.scaling.use_gpu:
+        raise ConfigError(f"scaling asks for {workers} x {cpus} CPUs, the cluster has {cluster_cpus}; lower scaling.workers or scaling.cpus_per_worker")
+    return workers, cpus
+
+
+def _run_name(prepared: Prepared, settings: TrainConfig, fit: str) -> str:
+    """Same data and settings, same name: that is what lets a second call continue the first."""
+    # The worker count is left out: a run may continue on another number of workers.
+    values = {**config.to_dict(settings), "scaling": None, "fit": fit, "data": prepared.manifest["fingerprint"]}
+    return "train-" + hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _read_parts(checkpoint: Any) -> dict:
+    with checkpoint.as_directory() as folder:
+        parts = storage.read_json(storage.join(folder, PARTS))
+        parts["arrays"] = {
+            name: load_arrays(storage.read_bytes(storage.join(folder, f"{name}.safetensors"))) for name in parts["metas"]
+        }
+    return parts
+
+
+def _write_bundle(prepared: Prepared, out: str, settings: TrainConfig, fit: str, parts: dict, *, seconds: float) -> dict:
+    # Serving starts where the test part begins, so that a test event is never in the history it is asked for.
+    histories = Histories.build(
+        prepared.sequences().upto("valid"), prepared.users()["user_id"].to_pylist(), max_events=settings.history_max_events
+    )
+    models = {name: load_model(name, parts["arrays"][name], meta) for name, meta in parts["metas"].items()}
+    bundle = Bundle(prepared.items(), models, parts["fusion"], histories)
+    bundle.write(
+        out,
+        manifest={
+            "config": config.to_dict(settings),
+            "fit": fit,
+            "data": {key: prepared.manifest[key] for key in ("fingerprint", "split", "time", "counts")},
+            "time": prepared.manifest["time"],
+            "watermark": prepared.manifest["watermark"],
+            "events": prepared.events,
+            "event_types": prepared.manifest["event_types"],
+            "metrics": parts["metrics"],
+            "leakage": parts["leakage"],
+            "seconds": round(seconds, 1),
+            "log_offset": None,
+        },
+    )
+    return bundle.manifest
+
+
+def summary_rows(manifest: dict) -> Rows:
+    """The closing table of the command."""
+    metrics = manifest["metrics"]
+    rows = [("version", manifest["version"]), ("seconds", f"{manifest['seconds']:.0f}")]
+    for name, value in metrics.get("validation", {}).items():
+        rows.append((f"valid ndcg@10, {name}", f"{value:.4f}"))
+    weights = manifest["fusion"]["mixture"]["weights"]
+    rows.append(("fusion weights", ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())))
+    rows.append(("ranker weight", f"{manifest['fusion']['ranker_weight']:g}"))
+    return rows
