@@ -1,0 +1,194 @@
+"""The interest encoder: a causal transformer over a user's last events.
+
+Its last state is the user's interest vector; retrieval is a dot product with
+the tied item vectors. Knows nothing about training (`train/encoder.py`).
+
+Legend: B sequences, T positions, N items, D dimension, H heads.
+Source: Kang & McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018; pre-norm blocks and full softmax as in
+Klenitskiy & Vasilev, "Turning Dross Into Gold Loss", RecSys 2023.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raysys.models.base import Arrays, Meta
+from raysys.queries import Queries
+
+NO_EVIDENCE = -1e9
+"""Score of an item without a training interaction: its vector is still random."""
+
+
+@dataclass(frozen=True)
+class InterestConfig:
+    """Shape of the encoder."""
+
+    dim: int = 64
+    """Width of item vectors and states."""
+    num_layers: int = 2
+    """Transformer blocks."""
+    num_heads: int = 2
+    """Attention heads; divides `dim`."""
+    max_length: int = 50
+    """Last events of a history that are looked at."""
+    dropout: float = 0.2
+    """On embeddings, and on what attention and feed-forward add to the residual stream."""
+    ffn_multiplier: int = 4
+    """Hidden width of the feed-forward layer, in units of `dim`."""
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise ValueError(f"expected num_heads to divide dim, got dim={self.dim}, num_heads={self.num_heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"expected dropout in [0, 1), got {self.dropout}")
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward with residuals."""
+
+    def __init__(self, config: InterestConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.attention_norm = nn.LayerNorm(config.dim)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.project = nn.Linear(config.dim, config.dim)
+        self.ffn_norm = nn.LayerNorm(config.dim)
+        self.ffn_in = nn.Linear(config.dim, config.ffn_multiplier * config.dim)
+        self.ffn_out = nn.Linear(config.ffn_multiplier * config.dim, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        B, T, D = x_BTD.shape
+        qkv = self.qkv(self.attention_norm(x_BTD)).view(B, T, 3, self.num_heads, D // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        # Sequences are left-aligned, so the causal mask alone keeps real positions from seeing padding.
+        # No dropout inside: on CPU it would leave the fast attention kernel.
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x_BTD = x_BTD + self.dropout(self.project(attended.transpose(1, 2).reshape(B, T, D)))
+        return x_BTD + self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x_BTD)))))
+
+
+class InterestEncoder(nn.Module):
+    """Item rows and event codes in, one state a position out.
+
+    Args:
+        num_items: N; row N pads.
+        num_event_types: event codes of the data; a single one (besides "other") carries no information and gets no embedding.
+        config: shape.
+    """
+
+    def __init__(self, num_items: int, num_event_types: int, config: InterestConfig):
+        super().__init__()
+        self.num_items, self.num_event_types, self.config = num_items, num_event_types, config
+        self.items = nn.Embedding(num_items + 1, config.dim, padding_idx=num_items)
+        self.positions = nn.Embedding(config.max_length, config.dim)
+        self.events = nn.Embedding(num_event_types, config.dim) if num_event_types > 2 else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            self.items.weight[num_items].zero_()
+
+    def forward(self, items_BT: Tensor, events_BT: Tensor) -> Tensor:
+        """States after each position.
+
+        Args:
+            items_BT: (B, T) int64, left-aligned, padded with N.
+            events_BT: (B, T) int64 event codes, any value at padding.
+
+        Returns:
+            (B, T, D) float32.
+        """
+        x_BTD = self.items(items_BT) * self.config.dim**0.5 + self.positions.weight[: items_BT.shape[1]]
+        if self.events is not None:
+            x_BTD = x_BTD + self.events(events_BT)
+        x_BTD = self.dropout(x_BTD)
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        return self.norm(x_BTD)
+
+    def item_vectors(self) -> Tensor:
+        """(N, D) tied item vectors."""
+        return self.items.weight[: self.num_items]
+
+
+class InterestRetriever:
+    """A trained encoder as a retrieval source.
+
+    Args:
+        encoder: trained.
+        warm: (N,) bool, items with at least one training interaction.
+    """
+
+    name = "interest"
+
+    def __init__(self, encoder: InterestEncoder, warm: np.ndarray):
+        self.encoder = encoder.eval().cpu()
+        self.warm = warm.astype(bool)
+        self.item_vectors = encoder.item_vectors().detach().numpy().copy()
+
+    @classmethod
+    def from_encoder(cls, encoder: InterestEncoder, item_counts: np.ndarray) -> "InterestRetriever":
+        """Wrap a trained encoder; `item_counts` are (N,) training interactions."""
+        return cls(encoder, np.asarray(item_counts) > 0)
+
+    def user_vectors(self, queries: Queries) -> np.ndarray:
+        """(B, D) float32 state after the last event; zero for an empty history."""
+        items_BT, events_BT, lengths = left_aligned(queries, self.encoder.config.max_length, self.encoder.num_items)
+        filled = np.flatnonzero(lengths)
+        vectors = np.zeros((len(queries), self.encoder.config.dim), np.float32)
+        if len(filled):
+            with torch.inference_mode():
+                states = self.encoder(torch.from_numpy(items_BT[filled]), torch.from_numpy(events_BT[filled]))
+            vectors[filled] = states.numpy()[np.arange(len(filled)), lengths[filled] - 1]
+        return vectors
+
+    def scores(self, queries: Queries) -> np.ndarray:
+        """(B, N) float32 logits; all zero for an empty history, NO_EVIDENCE for items never interacted with."""
+        scores = self.user_vectors(queries) @ self.item_vectors.T
+        scores[:, ~self.warm] = NO_EVIDENCE
+        scores[queries.lengths == 0] = 0.0
+        return scores
+
+    def to_arrays(self) -> tuple[Arrays, Meta]:
+        """Weights by parameter name, plus the warm mask."""
+        arrays = {f"encoder.{name}": tensor.detach().cpu().numpy() for name, tensor in self.encoder.state_dict().items()}
+        return {**arrays, "warm": self.warm.astype(np.uint8)}, {
+            "num_items": self.encoder.num_items,
+            "num_event_types": self.encoder.num_event_types,
+            "config": asdict(self.encoder.config),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays, meta: Meta) -> "InterestRetriever":
+        """The model back from `to_arrays`."""
+        encoder = InterestEncoder(meta["num_items"], meta["num_event_types"], InterestConfig(**meta["config"]))
+        weights = {name.removeprefix("encoder."): torch.from_numpy(array.copy()) for name, array in arrays.items() if name != "warm"}
+        encoder.load_state_dict(weights)
+        return cls(encoder, arrays["warm"])
+
+
+def left_aligned(queries: Queries, max_length: int, padding: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ragged histories as padded matrices, cut to their last `max_length` events.
+
+    Returns:
+        items (B, T) int64 padded with `padding`, events (B, T) int64 padded with 0, lengths (B,) int64; T is the longest length.
+    """
+    lengths = np.minimum(queries.lengths, max_length)
+    T = int(lengths.max(initial=0))
+    columns = np.arange(T)
+    real = columns[None, :] < lengths[:, None]
+    take = (queries.indptr[1:] - lengths)[:, None] + columns[None, :]
+    items = np.full((len(queries), T), padding, np.int64)
+    events = np.zeros((len(queries), T), np.int64)
+    items[real], events[real] = queries.items[take[real]], queries.events[take[real]]
+    return items, events, lengths

@@ -1,0 +1,209 @@
+"""Training of the interest encoder: next item at every position. No Ray here.
+
+Runs alone or as one of several ranks: with `wrap` the module is put under
+DistributedDataParallel, each rank takes its share of every global batch, and
+the loss is scaled so that N ranks with B/N sequences equal one with B.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raysys.models.interest import InterestEncoder
+from raysys.prepare.dataset import Sequences
+from raysys.train.batches import batches
+from raysys.train.loss import full_softmax_loss, sampled_softmax_loss
+
+
+@dataclass(frozen=True)
+class EncoderTrainConfig:
+    """How the encoder learns."""
+
+    epochs: int = 40
+    """Passes over the training sequences at most."""
+    batch_size: int = 256
+    """Sequences a step, over all workers."""
+    lr: float = 2e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """AdamW decay of all matrices, dimensionless."""
+    warmup_steps: int = 100
+    """Steps of linear rise to `lr`; a cosine down to 5% of it follows."""
+    loss: Literal["softmax", "sampled"] = "softmax"
+    """Cross-entropy over the whole catalogue, or over the target and shared negatives."""
+    num_negatives: int = 1024
+    """Uniform negatives a step for the sampled loss."""
+    patience: int = 6
+    """Validations without a better figure before stopping."""
+    validate_every: int = 1
+    """Epochs between validations."""
+    clip_norm: float = 1.0
+    """Gradient norm is cut to this."""
+
+
+@dataclass
+class TrainResult:
+    """What a training came to.
+
+    Attributes:
+        history: one dict an epoch: epoch, loss (nats a position), validation (or None), seconds.
+        best_epoch: epoch whose weights the encoder now has.
+        best_validation: its validation figure, None without validation.
+    """
+
+    history: list[dict] = field(default_factory=list)
+    best_epoch: int = 0
+    best_validation: float | None = None
+
+
+class _Trainee(nn.Module):
+    """Encoder and loss in one module, so that DistributedDataParallel sees every parameter used."""
+
+    def __init__(self, encoder: InterestEncoder, loss: str):
+        super().__init__()
+        self.encoder = encoder
+        self.loss = loss
+
+    def forward(self, items: Tensor, events: Tensor, targets: Tensor, negatives: Tensor | None) -> Tensor:
+        real = targets >= 0
+        states = self.encoder(items, events)[real]
+        if self.loss == "sampled":
+            return sampled_softmax_loss(states, self.encoder.item_vectors(), targets[real], negatives)
+        return full_softmax_loss(states, self.encoder.item_vectors(), targets[real])
+
+
+def train_encoder(
+    encoder: InterestEncoder,
+    sequences: Sequences,
+    config: EncoderTrainConfig,
+    *,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
+    device: torch.device | str = "cpu",
+    on_epoch: Callable[[dict], None] | None = None,
+    resume: dict | None = None,
+    deadline: float | None = None,
+    validate: Callable[[InterestEncoder], float] | None = None,
+) -> TrainResult:
+    """Train in place; the encoder ends with the weights of its best validation.
+
+    Args:
+        encoder: changed in place.
+        sequences: the part to learn from, nothing else.
+        config: see `EncoderTrainConfig`.
+        seed: of order, windows, negatives and dropout.
+        rank: this worker.
+        world_size: number of workers.
+        wrap: puts the module under DistributedDataParallel; None for one process.
+        device: where the encoder runs.
+        on_epoch: called after each epoch with the state `resume` takes (same on all ranks but for random state).
+        resume: a state from `on_epoch`; training goes on as if it had not stopped.
+        deadline: `time.time()` after which no new epoch starts.
+        validate: figure to maximise; None keeps the last weights.
+    """
+    encoder.to(device)
+    trainee = _Trainee(encoder, config.loss)
+    module = wrap(trainee) if wrap is not None else trainee
+    matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in module.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+    result, best, stale, step = TrainResult(), None, 0, 0
+    if resume is not None:
+        encoder.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        result = TrainResult(list(resume["history"]), resume["best_epoch"], resume["best_validation"])
+        best, stale, step = resume["best"], resume["stale"], resume["step"]
+    steps_per_epoch = max(1, math.ceil(_num_windows(sequences, encoder.config.max_length) / config.batch_size))
+    total_steps = config.epochs * steps_per_epoch
+    for epoch in range(len(result.history) + 1, config.epochs + 1):
+        # Stopping decisions must be the same on every rank, or the others wait in a collective for ever.
+        if result.history and (stale >= config.patience or _any_rank(deadline is not None and time.time() > deadline, world_size)):
+            break
+        started = time.time()
+        torch.manual_seed((seed * 100_003 + epoch) * 1009 + rank)  # dropout differs by rank
+        shared = np.random.default_rng([seed, epoch])
+        module.train()
+        loss_sum, num_targets = 0.0, 0
+        for batch in batches(
+            sequences,
+            max_length=encoder.config.max_length,
+            batch_size=config.batch_size,
+            padding=encoder.num_items,
+            rng=shared,
+            rank=rank,
+            world_size=world_size,
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * _schedule(step, config.warmup_steps, total_steps)
+            negatives = None
+            if config.loss == "sampled":
+                negatives = torch.from_numpy(shared.integers(0, encoder.num_items, config.num_negatives)).to(device)
+            tensors = (torch.from_numpy(array).to(device) for array in (batch.items, batch.events, batch.targets))
+            total = module(*tensors, negatives)
+            optimizer.zero_grad(set_to_none=True)
+            (total * (world_size / batch.num_targets)).backward()
+            nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
+            optimizer.step()
+            step += 1
+            loss_sum += float(total.detach())
+            num_targets += batch.num_targets
+        entry: dict[str, Any] = {"epoch": epoch, "loss": loss_sum * world_size / max(1, num_targets), "validation": None}
+        if validate is not None and (epoch % config.validate_every == 0 or epoch == config.epochs):
+            module.eval()
+            entry["validation"] = figure = float(validate(encoder))
+            if result.best_validation is None or figure > result.best_validation:
+                result.best_validation, result.best_epoch, stale = figure, epoch, 0
+                best = copy.deepcopy(encoder.state_dict())
+            else:
+                stale += 1
+        entry["seconds"] = round(time.time() - started, 2)
+        result.history.append(entry)
+        if on_epoch is not None:
+            on_epoch(
+                {
+                    "model": encoder.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "history": result.history,
+                    "best_epoch": result.best_epoch,
+                    "best_validation": result.best_validation,
+                    "best": best,
+                    "stale": stale,
+                    "step": step,
+                }
+            )
+    if best is not None:
+        encoder.load_state_dict(best)
+    elif result.history:
+        result.best_epoch = result.history[-1]["epoch"]
+    encoder.eval()
+    return result
+
+
+def _schedule(step: int, warmup: int, total: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _num_windows(sequences: Sequences, max_length: int) -> int:
+    lengths = np.diff(sequences.indptr)
+    return int(np.ceil(np.maximum(lengths[lengths >= 2] - 1, 1) / max_length).sum())
+
+
+def _any_rank(value: bool, world_size: int) -> bool:
+    if world_size == 1:
+        return value
+    flag = torch.tensor([int(value)])
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
