@@ -77,9 +77,7 @@ def train(
         trainer = TorchTrainer(
             run_stages,
             train_loop_config={"plan": plan, "board": board},
-            scaling_config=RayScalingConfig(
-                num_workers=workers, use_gpu=settings.scaling.use_gpu, resources_per_worker={"CPU": cpus}
-            ),
+            scaling_config=RayScalingConfig(num_workers=workers, use_gpu=settings.scaling.use_gpu, resources_per_worker={"CPU": cpus}),
             run_config=RunConfig(
                 name=_run_name(prepared, settings, fit),
                 storage_path=work,
@@ -101,7 +99,9 @@ def _resources(settings: TrainConfig) -> tuple[int, int]:
     workers = settings.scaling.workers
     cpus = settings.scaling.cpus_per_worker or max(1, cluster_cpus // workers)
     if workers * cpus > cluster_cpus and not settings.scaling.use_gpu:
-        raise ConfigError(f"scaling asks for {workers} x {cpus} CPUs, the cluster has {cluster_cpus}; lower scaling.workers or scaling.cpus_per_worker")
+        raise ConfigError(
+            f"scaling asks for {workers} x {cpus} CPUs, the cluster has {cluster_cpus}; lower scaling.workers or scaling.cpus_per_worker"
+        )
     return workers, cpus
 
 
@@ -115,9 +115,7 @@ def _run_name(prepared: Prepared, settings: TrainConfig, fit: str) -> str:
 def _read_parts(checkpoint: Any) -> dict:
     with checkpoint.as_directory() as folder:
         parts = storage.read_json(storage.join(folder, PARTS))
-        parts["arrays"] = {
-            name: load_arrays(storage.read_bytes(storage.join(folder, f"{name}.safetensors"))) for name in parts["metas"]
-        }
+        parts["arrays"] = {name: load_arrays(storage.read_bytes(storage.join(folder, f"{name}.safetensors"))) for name in parts["metas"]}
     return parts
 
 

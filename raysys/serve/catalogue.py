@@ -1,0 +1,183 @@
+"""The items as the service sees them: a bundle's table, and what has been said over HTTP since.
+
+Legend: N items of the bundle, M live items (unknown to the bundle).
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from raysys.errors import SchemaError
+from raysys.events.state import ItemState
+from raysys.schema import ITEM_ID, ITEM_IDX
+
+MAX_LIVE = 20_000
+"""Items beyond the bundle that are kept in memory and scored by content; the newest win."""
+FILTER_CACHE = 256
+"""Filter masks kept, least recently used go first."""
+HIDDEN_COLUMNS = frozenset({ITEM_IDX, "num_train", "image", "audio"})
+OPERATORS = ("equals", "in", "any", "range", "not")
+
+Rule = Callable[[Any], bool]
+
+
+class Catalogue:
+    """Attributes, availability and filters over N bundle items and M live ones.
+
+    Args:
+        items: the bundle's table, row = item row; may be empty.
+        encode: text of live items -> (M, D) float32 unit vectors; None without content vectors.
+    """
+
+    def __init__(self, items: pa.Table, encode: Callable[[list[dict]], np.ndarray] | None = None):
+        self.items, self._encode = items, encode
+        self.item_ids: list[str] = items[ITEM_ID].to_pylist()
+        self.index = {item_id: row for row, item_id in enumerate(self.item_ids)}
+        self.columns = [name for name in items.column_names if name not in HIDDEN_COLUMNS and not name.endswith("_embedding")]
+        self.sequence = 0
+        self.overlay: dict[str, ItemState] = {}
+        self.live: dict[str, np.ndarray | None] = {}
+        available = items["available"].fill_null(True).to_numpy() if "available" in items.column_names else np.ones(len(self.item_ids))
+        self.available = available.astype(bool)
+        self._masks: OrderedDict[bytes, np.ndarray] = OrderedDict()
+
+    def apply(self, changes: Iterable[tuple[str, ItemState]]) -> None:
+        """Take in item changes in their order."""
+        fresh: list[str] = []
+        for item_id, state in changes:
+            self.sequence = max(self.sequence, state.sequence)
+            self.overlay[item_id] = state
+            usable = not state.deleted and self.attributes(item_id).get("available") is not False
+            row = self.index.get(item_id)
+            if row is not None:
+                self.available[row] = usable
+            elif usable:
+                self.live[item_id] = None
+                fresh.append(item_id)
+            else:
+                self.live.pop(item_id, None)
+        if fresh and self._encode is not None:
+            for item_id, vector in zip(fresh, self._encode([self.attributes(item_id) for item_id in fresh]), strict=True):
+                self.live[item_id] = vector
+        while len(self.live) > MAX_LIVE:
+            self.live.pop(next(iter(self.live)))
+        self._masks.clear()
+        self.__dict__.pop("live_matrix", None)
+
+    @cached_property
+    def live_matrix(self) -> tuple[list[str], np.ndarray]:
+        """Ids and (M, D) float32 vectors of live items that have content."""
+        ids = [item_id for item_id, vector in self.live.items() if vector is not None]
+        return ids, np.stack([self.live[item_id] for item_id in ids]) if ids else np.zeros((0, 0), np.float32)
+
+    def known(self, item_id: str) -> bool:
+        """Whether the item exists and is not deleted."""
+        state = self.overlay.get(item_id)
+        return not state.deleted if state is not None else item_id in self.index
+
+    def attributes(self, item_id: str) -> dict[str, Any]:
+        """All attributes of an item, without nulls; empty for an unknown or deleted one."""
+        state = self.overlay.get(item_id)
+        if state is not None and state.deleted:
+            return {}
+        row = self.index.get(item_id)
+        base = self.row(row) if row is not None else {}
+        merged = {**base, **state.attributes} if state is not None else base
+        return {name: value for name, value in merged.items() if value is not None}
+
+    def row(self, row: int) -> dict[str, Any]:
+        """Attributes of a bundle row."""
+        values = {name: self.items[name][row].as_py() for name in self.columns}
+        return {name: value for name, value in values.items() if value is not None and name != ITEM_ID}
+
+    def title(self, item_id: str) -> str:
+        """Title, or the id where there is none."""
+        state = self.overlay.get(item_id)
+        if state is not None and state.attributes.get("title"):
+            return state.attributes["title"]
+        row = self.index.get(item_id)
+        if row is None or "title" not in self.items.column_names:
+            return item_id
+        return self.items["title"][row].as_py() or item_id
+
+    def filter_mask(self, rules: dict[str, Any]) -> np.ndarray:
+        """(N,) bool, bundle items that satisfy every rule, by their present attributes.
+
+        Raises:
+            SchemaError: a rule is not understood or names an attribute that no item has.
+        """
+        key = orjson.dumps(rules, option=orjson.OPT_SORT_KEYS)
+        mask = self._masks.get(key)
+        if mask is not None:
+            self._masks.move_to_end(key)
+            return mask
+        compiled = self.compile(rules)
+        mask = np.ones(len(self.item_ids), bool)
+        for name, rule in compiled.items():
+            values = self.items[name].to_pylist() if name in self.items.column_names else [None] * len(mask)
+            mask &= np.fromiter((rule(value) for value in values), bool, len(mask))
+        for item_id in self.overlay:
+            row = self.index.get(item_id)
+            if row is not None:
+                mask[row] = self.matches(item_id, compiled)
+        self._masks[key] = mask
+        if len(self._masks) > FILTER_CACHE:
+            self._masks.popitem(last=False)
+        return mask
+
+    def matches(self, item_id: str, compiled: dict[str, Rule]) -> bool:
+        """Whether one item satisfies compiled rules."""
+        attributes = self.attributes(item_id)
+        return all(rule(attributes.get(name)) for name, rule in compiled.items())
+
+    def compile(self, rules: dict[str, Any]) -> dict[str, Rule]:
+        """Rules as predicates on one attribute value each.
+
+        Raises:
+            SchemaError: see `filter_mask`.
+        """
+        names = set(self.columns) | {name for state in self.overlay.values() for name in state.attributes}
+        for name in rules:
+            if name not in names:
+                raise SchemaError(f"filter: expected an attribute of the items ({', '.join(sorted(names))[:300]}), got {name!r}")
+        return {name: _compile(rule, f"filter.{name}") for name, rule in rules.items()}
+
+
+def _compile(rule: Any, where: str) -> Rule:
+    if not isinstance(rule, dict):
+        rule = {"in": rule} if isinstance(rule, list) else {"equals": rule}
+    if not rule or any(operator not in OPERATORS for operator in rule):
+        raise SchemaError(f"{where}: expected one or more of {', '.join(OPERATORS)}, got {', '.join(map(str, rule)) or 'nothing'}")
+    parts = [_operator(operator, operand, f"{where}.{operator}") for operator, operand in rule.items()]
+    return lambda value: all(part(value) for part in parts)
+
+
+def _operator(operator: str, operand: Any, where: str) -> Rule:
+    if operator == "not":
+        inner = _compile(operand, where)
+        return lambda value: not inner(value)
+    if operator == "equals":
+        return lambda value: operand in value if isinstance(value, list) else value == operand
+    if operator in ("in", "any"):
+        if not isinstance(operand, list) or not operand:
+            raise SchemaError(f"{where}: expected a non-empty list, got {operand!r}")
+        return lambda value: any(one in operand for one in (value if isinstance(value, list) else [value]))
+    if not isinstance(operand, dict) or not operand or not set(operand) <= {"min", "max"}:
+        raise SchemaError(f"{where}: expected an object with min and/or max, got {operand!r}")
+    bounds = [operand.get("min"), operand.get("max")]
+    if any(isinstance(bound, (bool, list, dict)) for bound in bounds):
+        raise SchemaError(f"{where}: expected numbers or text, got {operand!r}")
+    low, high = bounds
+
+    def inside(value: Any) -> bool:
+        try:
+            return value is not None and (low is None or value >= low) and (high is None or value <= high)
+        except TypeError:
+            return False  # text against a number: the item has no comparable value
+
+    return inside
