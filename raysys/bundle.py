@@ -14,7 +14,7 @@ import hashlib
 import importlib
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -208,8 +208,12 @@ class Bundle:
         return self.version
 
     @classmethod
-    def open(cls, uri: str) -> "Bundle":
+    def open(cls, uri: str, *, only: Collection[str] | None = None) -> "Bundle":
         """Read a bundle after checking its format and checksums.
+
+        Args:
+            uri: its folder; a remote one is copied to this node's cache first.
+            only: names of the models to load; all when None.
 
         Raises:
             BundleNotFound, BundleIncompatible, BundleCorrupt: with the reason.
@@ -218,6 +222,8 @@ class Bundle:
         manifest = verify(local)
         models = {}
         for name, meta in manifest["models"].items():
+            if only is not None and name not in only:
+                continue
             arrays: Arrays = load_arrays(storage.read_bytes(storage.join(local, f"{name}.safetensors")))
             models[name] = load_model(name, arrays, meta)
         return cls(

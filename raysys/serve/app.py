@@ -1,0 +1,72 @@
+"""The app builder that `serve run serve_config.yaml` imports; the only place where deployments are bound.
+
+This module must not postpone the evaluation of annotations: Serve would then
+hand over the raw arguments instead of `AppArgs`, and a misspelt key would pass.
+"""
+
+import logging
+import os
+
+import ray
+from pydantic import BaseModel, ConfigDict, Field
+from ray.serve import Application
+
+from raysys import storage
+from raysys.errors import ConfigError
+from raysys.serve.deployments import Ingestion, Ingress, Ranking, Retrieval
+
+FAST_SETTINGS = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+}
+"""Environment of the process that starts Ray and Serve; measured in docs/serving.md."""
+LOCAL_NODE = {"resources": {"node:__internal_head__": 0.001}}
+"""Keeps the processes that open the embedded store on one node."""
+
+
+class AppArgs(BaseModel):
+    """`args:` of serve_config.yaml."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    registry: str | None = Field(None, description="URI of published bundles; default RAYSYS_REGISTRY, else a folder under RAYSYS_HOME")
+    events: str | None = Field(None, description="event log; default RAYSYS_EVENTS, else a folder under RAYSYS_HOME")
+    state: str | None = Field(None, description="online state; default RAYSYS_STATE, else a folder under RAYSYS_HOME")
+    threads: int = Field(1, ge=1, description="torch threads of each retrieval and ranking replica")
+    history_events: int = Field(500, ge=1, le=10_000, description="events kept a user in the online state")
+
+
+def build(args: AppArgs) -> Application:
+    """Bind ingress, retrieval, ranking and ingestion.
+
+    Raises:
+        ConfigError: a relative location.
+    """
+    registry, events, state = (_location(name, getattr(args, name)) for name in ("registry", "events", "state"))
+    missing = [name for name, value in FAST_SETTINGS.items() if os.environ.get(name) != value]
+    if missing:
+        logging.getLogger("ray.serve").warning(
+            "started without %s; `raysys serve` sets them and is several times faster", ", ".join(missing)
+        )
+    on_node = LOCAL_NODE if storage.is_local(state) or storage.is_local(events) else {}
+    if on_node and len([node for node in ray.nodes() if node["Alive"]]) > 1 and not storage.is_local(registry):
+        logging.getLogger("ray.serve").warning("log and state are embedded: ingress and ingestion stay on the head node")
+    retrieval = Retrieval.bind(registry, args.threads)
+    ranking = Ranking.bind(registry, args.threads)
+    ingestion = Ingestion.options(ray_actor_options=_actor(on_node)).bind(events, state, args.history_events)
+    return Ingress.options(ray_actor_options=_actor(on_node)).bind(registry, state, retrieval, ranking, ingestion)
+
+
+def _actor(on_node: dict) -> dict:
+    # Small shares of a CPU: a laptop with two cores must place all replicas; the kernel shares the time.
+    return {"num_cpus": 0.1, **on_node}
+
+
+def _location(name: str, value: str | None) -> str:
+    value = value or os.environ.get(f"RAYSYS_{name.upper()}") or str(storage.home() / name)
+    if "://" not in value and not os.path.isabs(value):
+        raise ConfigError(
+            f"args.{name}: expected an absolute path or a URI, got {value!r}; a relative path means something else on every node"
+        )
+    return value

@@ -1,0 +1,357 @@
+"""The Serve deployments: thin shells around `pipeline.py`, `events/store.py` and `http.py`.
+
+Ingress (HTTP, reads state) -> Retrieval -> Ranking       one version a request, named in every call
+        `-> Ingestion (the only writer of log and state)
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from raysys import storage
+from raysys.bundle import Bundle
+from raysys.errors import BundleError, ServeOverloaded, StateError
+from raysys.events.log import Record, open_log
+from raysys.events.state import StateLimits, open_state
+from raysys.events.store import EventStore
+from raysys.models.base import Candidates
+from raysys.pipeline import Pipeline
+from raysys.queries import Queries
+from raysys.registry import Registry
+from raysys.serve.catalogue import Catalogue
+from raysys.serve.http import create_app
+from raysys.serve.ingest import DeadLetters
+from raysys.serve.recommender import Recommender, RetrievedOne, Version
+
+LOG = logging.getLogger("ray.serve")
+POLL_S = 1.0
+"""Seconds between looks at the registry's pointer."""
+KEEP_VERSIONS = 2
+"""Bundles a replica keeps loaded: the current one, and the one that requests under way may still name."""
+NOTHING_PUBLISHED = "no model published; run `raysys train --prepared DIR --out BUNDLE`, then `raysys publish BUNDLE --registry {registry}`"
+
+
+class Models:
+    """Pipelines by version, loaded on demand from the registry; the last KEEP_VERSIONS stay.
+
+    Args:
+        registry: URI.
+        only: models to load.
+    """
+
+    def __init__(self, registry: str, only: tuple[str, ...] | None = None):
+        self.registry, self._only = Registry(registry), only
+        self._loaded: OrderedDict[str, Pipeline] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, version: str) -> Pipeline:
+        """The pipeline of a version.
+
+        Raises:
+            BundleError: the registry does not have it, or it is damaged.
+        """
+        with self._lock:
+            if version not in self._loaded:
+                self._loaded[version] = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only))
+                while len(self._loaded) > KEEP_VERSIONS:
+                    self._loaded.popitem(last=False)
+            return self._loaded[version]
+
+    def load_current(self) -> Pipeline | None:
+        """Load what the pointer names, before a request asks for it; None while nothing is published."""
+        pointer = self.registry.current()
+        return None if pointer is None else self.get(pointer.version)
+
+    def follow(self) -> None:
+        """Poll the pointer for ever, in a thread: a new version is warm here before the ingress names it."""
+
+        def poll() -> None:
+            while True:
+                time.sleep(POLL_S)
+                try:
+                    pipeline = self.load_current()
+                    if pipeline is not None:
+                        warm_up(pipeline)
+                except (BundleError, OSError) as error:
+                    LOG.warning("cannot load the published version: %s", error)
+
+        threading.Thread(target=poll, daemon=True, name="follow-registry").start()
+
+
+def warm_up(pipeline: Pipeline) -> None:
+    """Run one request through, once a pipeline: the first call of torch and of lazy caches is the slow one."""
+    if getattr(pipeline, "warm", False):
+        return
+    query = Queries.from_lists([[0]] if pipeline.num_items else [[]])
+    pipeline.rank(query, pipeline.retrieve(query).candidates)
+    pipeline.explain(query, np.zeros(1, np.int64))
+    pipeline.warm = True  # type: ignore[attr-defined]
+
+
+def _stack(queries: list[Queries]) -> Queries:
+    lengths = [0, *(len(query.items) for query in queries)]
+    columns = [np.concatenate([getattr(query, name) for query in queries]) for name in ("items", "events", "times")]
+    return Queries(*columns, np.cumsum(lengths).astype(np.int64), np.concatenate([query.now for query in queries]))
+
+
+def _by_version(requests: list[tuple]) -> dict[Any, list[int]]:
+    groups: dict[Any, list[int]] = {}
+    for position, request in enumerate(requests):
+        groups.setdefault(request[0], []).append(position)
+    return groups
+
+
+@serve.deployment
+class Retrieval:
+    """Candidates for many requests at once.
+
+    Args:
+        registry: URI.
+        threads: torch threads of this replica.
+    """
+
+    def __init__(self, registry: str, threads: int = 1):
+        torch.set_num_threads(threads)
+        self._models = Models(registry, only=("interest", "covisit", "content", "popularity", "dot_product"))
+        pipeline = self._models.load_current()
+        if pipeline is not None:
+            # Without a ranker in memory the warm-up exercises exactly what this replica runs.
+            warm_up(pipeline)
+        self._models.follow()
+
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
+    async def retrieve(self, requests: list[tuple[str, Queries, int, bytes | None, np.ndarray]]) -> list[RetrievedOne | Exception]:
+        """(version, query, k, packed allowed bits or None, blocked rows) each."""
+        answers: list[Any] = [None] * len(requests)
+        for version, positions in _by_version(requests).items():
+            try:
+                pipeline = self._models.get(version)
+                group = [requests[position] for position in positions]
+                for position, answer in zip(positions, self._retrieve(pipeline, group), strict=True):
+                    answers[position] = answer
+            except Exception as error:  # one bad version must not fail the requests of another
+                for position in positions:
+                    answers[position] = error
+        return answers
+
+    def _retrieve(self, pipeline: Pipeline, group: list[tuple]) -> list[RetrievedOne]:
+        num_items = pipeline.num_items
+        allowed = np.ones((len(group), num_items), bool)
+        for row, (_, _, _, bits, blocked) in enumerate(group):
+            if bits is not None:
+                allowed[row] = np.unpackbits(np.frombuffer(bits, np.uint8), count=num_items)
+            allowed[row, blocked] = False
+        retrieved = pipeline.retrieve(_stack([query for _, query, _, _, _ in group]), max(k for _, _, k, _, _ in group), allowed=allowed)
+        candidates = retrieved.candidates
+        answers = []
+        for row, (_, _, k, _, _) in enumerate(group):
+            count = min(k, int((candidates.items[row] >= 0).sum()))
+            answers.append(
+                RetrievedOne(
+                    candidates.items[row, :count],
+                    candidates.fused[row, :count],
+                    candidates.log_probs[row, :count],
+                    candidates.sources,
+                    None if retrieved.profiles is None else retrieved.profiles[row],
+                    None if retrieved.affinity is None else retrieved.affinity[row],
+                )
+            )
+        return answers
+
+    async def explain(self, version: str, query: Queries, items: np.ndarray) -> list[tuple[str, int | None]]:
+        """(kind, item row behind it) for each item."""
+        return [(reason.kind, reason.because) for reason in self._models.get(version).explain(query, items)]
+
+
+@serve.deployment
+class Ranking:
+    """Scores and probabilities of candidates, for many requests at once.
+
+    Args:
+        registry: URI.
+        threads: torch threads of this replica.
+    """
+
+    def __init__(self, registry: str, threads: int = 1):
+        torch.set_num_threads(threads)
+        self._models = Models(registry, only=("ranker",))
+        self._models.load_current()
+        self._models.follow()
+
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
+    async def rank(self, requests: list[tuple[str, Queries, RetrievedOne]]) -> list[tuple[np.ndarray, np.ndarray] | Exception]:
+        """(version, query, candidates) each."""
+        answers: list[Any] = [None] * len(requests)
+        for version, positions in _by_version(requests).items():
+            try:
+                pipeline = self._models.get(version)
+                group = [requests[position] for position in positions]
+                candidates = pad_candidates([retrieved for _, _, retrieved in group])
+                scores, probabilities = pipeline.rank(_stack([query for _, query, _ in group]), candidates)
+                for row, position in enumerate(positions):
+                    count = len(group[row][2].items)
+                    answers[position] = (scores[row, :count], probabilities[row, :count])
+            except Exception as error:
+                for position in positions:
+                    answers[position] = error
+        return answers
+
+
+def pad_candidates(retrieved: list[RetrievedOne]) -> Candidates:
+    """Candidates of different lengths as one batch, padded with -1."""
+    K = max(len(one.items) for one in retrieved)
+    sources = retrieved[0].sources
+    items = np.full((len(retrieved), K), -1, np.int32)
+    fused = np.full((len(retrieved), K), -np.inf, np.float32)
+    log_probs = np.full((len(retrieved), K, len(sources)), -np.inf, np.float32)
+    for row, one in enumerate(retrieved):
+        count = len(one.items)
+        items[row, :count], fused[row, :count], log_probs[row, :count] = one.items, one.fused, one.log_probs
+    return Candidates(items, fused, log_probs, sources)
+
+
+@serve.deployment
+class Ingestion:
+    """The writer of log and state: durable, then visible, then answered.
+
+    Args:
+        events: URI of the log.
+        state: URI of the state.
+        max_events: events kept a user.
+    """
+
+    def __init__(self, events: str, state: str, max_events: int = 500):
+        self._store = EventStore(open_log(events, writable=True), open_state(state, StateLimits(max_events=max_events)))
+        self._dead_letters = DeadLetters(storage.resolve(events)[1])
+
+    async def write(self, records: list[Record]) -> list[bool]:
+        """See `http.Writer.write`."""
+        return await asyncio.wrap_future(self._store.submit(records))
+
+    async def reject(self, entries: list[dict]) -> None:
+        """See `http.Writer.reject`."""
+        await asyncio.get_running_loop().run_in_executor(None, self._dead_letters.write, entries)
+
+    async def erase(self, user_id: str) -> dict:
+        """See `http.Writer.erase`."""
+        record = self._store.erase_record(user_id)
+        await self.write([record])
+        return self._store.receipt(record)
+
+
+class HandleBackend:
+    """`recommender.Backend` over Serve handles."""
+
+    def __init__(self, retrieval: DeploymentHandle, ranking: DeploymentHandle):
+        self._retrieval, self._ranking = retrieval, ranking
+
+    async def retrieve(self, version: str, query: Queries, k: int, allowed: np.ndarray | None, blocked: np.ndarray) -> RetrievedOne:
+        """See `Backend.retrieve`."""
+        bits = None if allowed is None or allowed.all() else np.packbits(allowed).tobytes()
+        return await self._retrieval.retrieve.remote((version, query, k, bits, blocked))
+
+    async def rank(self, version: str, query: Queries, retrieved: RetrievedOne) -> tuple[np.ndarray, np.ndarray]:
+        """See `Backend.rank`."""
+        return await self._ranking.rank.remote((version, query, retrieved))
+
+    async def explain(self, version: str, query: Queries, items: np.ndarray) -> list[tuple[str, int | None]]:
+        """See `Backend.explain`."""
+        return await self._retrieval.explain.remote(version, query, items)
+
+
+class HandleWriter:
+    """`http.Writer` over the ingestion handle."""
+
+    def __init__(self, ingestion: DeploymentHandle):
+        self._ingestion = ingestion
+
+    async def write(self, records: list[Record]) -> list[bool]:
+        """See `http.Writer.write`."""
+        try:
+            return await self._ingestion.write.remote(records)
+        except serve.exceptions.BackPressureError:
+            raise ServeOverloaded("too many writes are waiting; retry in a second") from None
+
+    async def reject(self, entries: list[dict]) -> None:
+        """See `http.Writer.reject`."""
+        await self._ingestion.reject.remote(entries)
+
+    async def erase(self, user_id: str) -> dict:
+        """See `http.Writer.erase`."""
+        return await self._ingestion.erase.remote(user_id)
+
+    def post(self, records: list[Record]) -> None:
+        """See `http.Writer.post`."""
+        self._ingestion.write.remote(records)
+
+
+@serve.deployment
+@serve.ingress()
+class Ingress:
+    """HTTP, user state and the order of stages; follows the registry to the newest version that every stage can load.
+
+    Args:
+        registry, state: URIs.
+        retrieval, ranking, ingestion: handles.
+    """
+
+    def __init__(self, registry: str, state: str, retrieval: DeploymentHandle, ranking: DeploymentHandle, ingestion: DeploymentHandle):
+        self._registry = Registry(registry)
+        self._registry_uri = registry
+        self._problem: str | None = None
+        self._encoder: Any = None
+        self._writer = HandleWriter(ingestion)
+        self._recommender = Recommender(open_state(state), HandleBackend(retrieval, ranking))
+        self._follow_once()
+        threading.Thread(target=self._follow, daemon=True, name="follow-registry").start()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - Serve's own hook
+        """The FastAPI app, once the replica knows its models."""
+        return create_app(self._recommender, self._writer, models=self._registry.versions, not_ready=self._not_ready)
+
+    def _not_ready(self) -> str | None:
+        """Why no model answers, or None."""
+        if self._recommender.version is not None:
+            return None
+        return self._problem or NOTHING_PUBLISHED.format(registry=self._registry_uri)
+
+    def _follow(self) -> None:
+        while True:
+            time.sleep(POLL_S)
+            self._follow_once()
+
+    def _follow_once(self) -> None:
+        try:
+            pointer = self._registry.current()
+            current = self._recommender.version
+            if pointer is None or (current is not None and current.bundle.version == pointer.version):
+                return
+            bundle = Bundle.open(self._registry.bundle_uri(pointer.version), only=("content",))
+            catalogue = Catalogue(bundle.items, self._encode if bundle.content_vectors is not None else None)
+            catalogue.apply(self._recommender.state.items_since(0))
+            if current is not None:
+                # Retrieval and ranking poll at the same pace; give them the time to load before naming the version to them.
+                time.sleep(2 * POLL_S)
+            self._recommender.version = Version.of(bundle, catalogue)
+            self._problem = None
+            LOG.info("serving version %s", pointer.version)
+        except (BundleError, StateError, OSError) as error:
+            self._problem = str(error)
+            LOG.error("cannot serve the published version: %s", error)
+
+    def _encode(self, attributes: list[dict]) -> np.ndarray:
+        from raysys.features.text import TextEncoder, item_text
+
+        if self._encoder is None:
+            self._encoder = TextEncoder()
+        texts = [item_text(a.get("title") or "", a.get("text") or "", a.get("categories") or []) for a in attributes]
+        return self._encoder.encode(texts)

@@ -1,0 +1,166 @@
+"""What becomes of written things: events, items and users, checked record by record."""
+
+import os
+import secrets
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+
+from raysys.errors import SchemaError
+from raysys.events.log import Record
+from raysys.serve.api import LIMITS, EventBody
+
+ATTRIBUTE_TYPES = (str, int, float, bool, list, type(None))
+LIST_COLUMNS, TEXT_COLUMNS, RESERVED = ("categories",), ("title", "text"), ("item_id", "item_idx", "user_id", "num_train")
+
+
+class DeadLetters:
+    """Refused records with their reason, one JSON line each, so that they can be mended and sent again.
+
+    Args:
+        folder: beside the event log; one file a process.
+    """
+
+    def __init__(self, folder: str):
+        self._path = os.path.join(folder, f"dead-letter-{os.getpid()}-{secrets.token_hex(3)}.jsonl")
+        self._lock = threading.Lock()
+
+    def write(self, entries: list[dict]) -> None:
+        """Append entries."""
+        if not entries:
+            return
+        with self._lock, open(self._path, "ab") as file:
+            file.write(b"".join(orjson.dumps(entry) + b"\n" for entry in entries))
+
+
+def check_events(body: Any, now: float) -> tuple[list[Record], list[dict]]:
+    """Split a batch into records for the log and refusals.
+
+    Args:
+        body: parsed JSON: one event, or `{"events": [...]}`.
+        now: UTC epoch seconds; stands in for a missing timestamp.
+
+    Returns:
+        Records, and `{index, field, reason}` for each refused event.
+
+    Raises:
+        SchemaError: the body as a whole is not what was expected.
+    """
+    events = body.get("events") if isinstance(body, dict) and "events" in body else [body]
+    if isinstance(body, dict) and "events" in body and len(body) > 1:
+        raise SchemaError(f"expected only 'events' beside a batch, got also {', '.join(sorted(set(body) - {'events'}))}")
+    if not isinstance(events, list) or not events:
+        raise SchemaError(f"events: expected a non-empty list of events, got {type(events).__name__}")
+    if len(events) > LIMITS.max_batch:
+        raise SchemaError(f"events: expected at most {LIMITS.max_batch} events a request, got {len(events)}; send several batches")
+    records, rejected = [], []
+    for index, event in enumerate(events):
+        if not isinstance(event, dict):
+            rejected.append({"index": index, "field": None, "reason": f"expected an object, got {type(event).__name__}"})
+            continue
+        try:
+            checked = EventBody.model_validate(event)
+        except ValidationError as error:
+            field, reason = first_problem(error.errors())
+            rejected.append({"index": index, "field": field, "reason": reason})
+            continue
+        timestamp = checked.timestamp if checked.timestamp is not None else now
+        if timestamp > now + LIMITS.max_future_s:
+            reason = f"expected at most {LIMITS.max_future_s / 3600:g} h in the future, got {(timestamp - now) / 3600:.1f} h"
+            rejected.append({"index": index, "field": "timestamp", "reason": reason})
+            continue
+        record = {"kind": "event", **checked.model_dump(exclude_none=True), "timestamp": timestamp, "received": now}
+        record.setdefault("event_id", uuid.uuid4().hex)
+        records.append(record)
+    return records, rejected
+
+
+def first_problem(errors: list[Any]) -> tuple[str | None, str]:
+    """(field, message) of the first error of pydantic, in our words."""
+    problem = errors[0]
+    path = [str(part) for part in problem["loc"] if part not in ("body",)]
+    if problem["type"] == "extra_forbidden":
+        return ".".join(path), f"unknown field {path[-1]!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return ".".join(path), "expected a value, the field is missing"
+    got = problem.get("input")
+    shown = "" if "got" in message or isinstance(got, (dict, list)) else f", got {str(got)[:80]!r}"
+    return ".".join(path) or None, f"{message}{shown}"
+
+
+def check_attributes(attributes: Any, *, what: str) -> dict[str, Any]:
+    """Flat attributes of an item or a user.
+
+    Raises:
+        SchemaError: naming the attribute, what was expected and what came.
+    """
+    if not isinstance(attributes, dict):
+        raise SchemaError(f"expected an object of {what} attributes, got {type(attributes).__name__}")
+    for name, value in attributes.items():
+        if name in RESERVED:
+            raise SchemaError(f"{name}: expected an attribute, this name is reserved (the id stands in the path)")
+        if not 0 < len(name) <= 128:
+            raise SchemaError(f"{name[:40]}: expected an attribute name of 1 to 128 characters, got {len(name)}")
+        if value is None:
+            continue
+        if not isinstance(value, ATTRIBUTE_TYPES):
+            raise SchemaError(f"{name}: expected text, a number, true, false or a list, got {type(value).__name__}")
+        if name in TEXT_COLUMNS and not isinstance(value, str):
+            raise SchemaError(f"{name}: expected text, got {value!r}")
+        if name in LIST_COLUMNS and not (isinstance(value, list) and all(isinstance(entry, str) for entry in value)):
+            raise SchemaError(f"{name}: expected a list of strings, got {value!r}")
+        if name == "available" and not isinstance(value, bool):
+            raise SchemaError(f"available: expected true or false, got {value!r}")
+        if isinstance(value, list) and not all(isinstance(entry, (str, int, float)) for entry in value):
+            raise SchemaError(f"{name}: expected a list of strings or numbers, got {value!r}")
+    return attributes
+
+
+class ImpressionBuffer:
+    """Impressions on their way to the log: gathered, so that no answer waits for the disk.
+
+    Lost with the process at worst for `flush_s`; they are a record for learning, not a promise to a client.
+
+    Args:
+        send: takes a list of records.
+        flush_s: seconds between sends.
+        limit: records kept at most; beyond it the oldest are dropped and counted.
+    """
+
+    def __init__(self, send: Callable[[list[Record]], None], *, flush_s: float = 0.5, limit: int = 20_000):
+        self._send, self._flush_s, self._limit = send, flush_s, limit
+        self._records: list[Record] = []
+        self._last = time.monotonic()
+        self.dropped = 0
+
+    def add(self, answer: dict[str, Any]) -> None:
+        """Note what was shown."""
+        self._records.append(
+            {
+                "kind": "impression",
+                "recommendation_id": answer["recommendation_id"],
+                "user_id": answer["user_id"],
+                "items": [item["item_id"] for item in answer["items"]],
+                "scores": [item["score"] for item in answer["items"]],
+                "version": answer["model_version"],
+                "at": time.time(),
+            }
+        )
+        if len(self._records) > self._limit:
+            self._records.pop(0)
+            self.dropped += 1
+        if time.monotonic() - self._last >= self._flush_s:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is gathered."""
+        self._last = time.monotonic()
+        if self._records:
+            records, self._records = self._records, []
+            self._send(records)

@@ -1,0 +1,226 @@
+"""Start the service with the fast settings, and stop everything that was started.
+
+Ray and Serve read the settings from the environment of the process that starts
+them, so this must run before Ray does. HAProxy outlives Serve and `ray stop`;
+it is found by what it listens on and ended here.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raysys import config, storage
+from raysys.errors import ConfigError, RaysysError
+
+READY_TIMEOUT_S = 120.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+HAPROXY_PORTS = (8404, 9101)
+"""HAProxy's own statistics ports; all interfaces."""
+
+
+def launch(
+    config_path: str,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    registry: str | None = None,
+    events: str | None = None,
+    state: str | None = None,
+    insecure: bool = False,
+) -> None:
+    """`raysys serve`: run until Ctrl-C or SIGTERM.
+
+    Raises:
+        ConfigError: the config file is wrong, the port is taken, or another host than loopback is asked for without an API key.
+    """
+    with running_service(
+        registry=registry, events=events, state=state, host=host, port=port, config_path=config_path, insecure=insecure, require_model=False
+    ) as base_url:
+        print(f"raysys serves at {base_url} (API: {base_url}/docs); Ctrl-C stops it", flush=True)
+        status = _get_status(f"{base_url}/health/ready")
+        if status != "ready":
+            print(f"not ready: {status}", flush=True)
+        try:
+            signal.pause()
+        except (KeyboardInterrupt, SystemExit):
+            print("stopping", flush=True)
+
+
+@contextlib.contextmanager
+def running_service(
+    *,
+    registry: str | None = None,
+    events: str | None = None,
+    state: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    config_path: str | None = None,
+    insecure: bool = False,
+    fast: bool = True,
+    require_model: bool = True,
+) -> Iterator[str]:
+    """A service on a Ray cluster of its own, as a base URL, while the block runs.
+
+    The service is a child process in a session of its own, so that all of it
+    (Ray, Serve, HAProxy) can be ended together, however this process ends.
+
+    Args:
+        registry, events, state: locations; defaults as in `AppArgs`.
+        host, port: where to listen; the config file's when None.
+        config_path: a Serve config; the package's own when None or missing.
+        insecure: allow another host than loopback without an API key.
+        fast: set the fast settings (a benchmark turns them off).
+        require_model: wait until a model is loaded, not only until it answers.
+
+    Raises:
+        ConfigError: see `launch`.
+        RaysysError: it did not come up; with the end of its log.
+    """
+    serve_config = _serve_config(config_path)
+    http = serve_config.setdefault("http_options", {})
+    http["host"] = host or http.get("host", "127.0.0.1")
+    http["port"] = port or http.get("port", 8000)
+    if http["host"] not in LOOPBACK and not insecure and not os.environ.get("RAYSYS_API_KEY"):
+        raise ConfigError(
+            f"host {http['host']}: expected RAYSYS_API_KEY to be set when listening beyond this machine; set it, or pass --insecure"
+        )
+    arguments = serve_config["applications"][0].setdefault("args", {}) or {}
+    given = {"registry": registry, "events": events, "state": state}
+    serve_config["applications"][0]["args"] = {**arguments, **{name: value for name, value in given.items() if value}}
+    for wanted in (http["port"], *(HAPROXY_PORTS if fast else ())):
+        require_free(wanted)
+    with tempfile.TemporaryDirectory(prefix="raysys-serve-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "serve_config.json"
+        path.write_text(json.dumps(serve_config))
+        log_path = Path(folder) / "serve.log"
+        with open(log_path, "wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "raysys.serve.process", str(path), *(["--fast"] if fast else [])],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+            )
+        base_url = f"http://{http['host'] if http['host'] != '0.0.0.0' else '127.0.0.1'}:{http['port']}"
+        try:
+            _wait(base_url, process, log_path, "ready" if require_model else "live")
+            yield base_url
+        finally:
+            _stop(process, http["port"])
+
+
+def _serve_config(path: str | None) -> dict[str, Any]:
+    if path is not None and (storage.exists(path) or path != "serve_config.yaml"):
+        return copy.deepcopy(config.read_yaml(path))
+    beside = Path(__file__).resolve().parents[2] / "serve_config.yaml"
+    if not beside.exists():
+        raise ConfigError("expected serve_config.yaml in the working directory; pass --config FILE")
+    return config.read_yaml(str(beside))
+
+
+def _wait(base_url: str, process: subprocess.Popen, log_path: Path, wanted: str) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    path = "/health/ready" if wanted == "ready" else "/health/live"
+    reason = "no answer"
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RaysysError(f"the service ended with status {process.returncode} while starting:\n{_tail(log_path)}")
+        reason = _get_status(base_url + path)
+        if reason == wanted:
+            return
+        time.sleep(0.2)
+    raise RaysysError(f"the service did not become {wanted} within {READY_TIMEOUT_S:.0f} s ({reason}); end of its log:\n{_tail(log_path)}")
+
+
+def _get_status(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return json.loads(response.read())["status"]
+    except urllib.error.HTTPError as error:
+        try:
+            return json.loads(error.read())["error"]["message"]
+        except (ValueError, KeyError):
+            return f"HTTP {error.code}"
+    except (OSError, ValueError, KeyError) as error:
+        return str(error)
+
+
+def _tail(path: Path, lines: int = 25) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _stop(process: subprocess.Popen, port: int) -> None:
+    """End the service's session: politely, then by force, HAProxy included."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=20)
+    for pid in _session_members(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 5
+    while port_holder(port) is not None and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _session_members(session: int) -> list[int]:
+    """Processes of a session, and those that left it but came from it (Ray starts its daemons in groups of their own)."""
+    members, marker = [], f"RAYSYS_SERVICE={session}".encode()
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        try:
+            if os.getsid(int(entry)) == session or marker in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                members.append(int(entry))
+        except (OSError, ProcessLookupError):
+            continue
+    return members
+
+
+def require_free(port: int) -> None:
+    """Check that nobody listens on a port.
+
+    Raises:
+        ConfigError: naming the process that does.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            holder = port_holder(port) or "another process"
+            raise ConfigError(f"port {port}: expected it to be free, {holder} holds it; stop that process or choose another port") from None
+
+
+def port_holder(port: int) -> str | None:
+    """Name and pid of the process that listens on a TCP port of this machine; None when nobody does or it is not ours to see."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and int(fields[1].rsplit(":", 1)[1], 16) == port:
+                    inodes.add(f"socket:[{fields[9]}]")
+    for entry in os.listdir("/proc") if inodes else []:
+        if not entry.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            for descriptor in os.listdir(f"/proc/{entry}/fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(f"/proc/{entry}/fd/{descriptor}") in inodes:
+                        name = Path(f"/proc/{entry}/comm").read_text().strip()
+                        return f"process {entry} ({name})"
+    return None

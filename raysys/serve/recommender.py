@@ -1,0 +1,457 @@
+"""One HTTP request, from checked body to answer. No Ray and no FastAPI here.
+
+Owns the order of things: who the user is, what they did, what may be shown,
+retrieval, ranking, live items, diversity, reasons; and what to do when a stage
+fails. Models run behind `Backend`, wherever that is.
+
+Legend: K candidates, N bundle items, M live items.
+"""
+
+import asyncio
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from raysys.bundle import Bundle
+from raysys.events.state import UserState
+from raysys.pipeline import LIVE_MAX_SHARE, live_ranks
+from raysys.queries import Queries
+from raysys.schema import HistoryEvent
+from raysys.serve.api import HistoryItem, RankBody, RecommendBody
+from raysys.serve.catalogue import Catalogue
+
+SOURCE_SHARE = 0.1
+"""A source is named for an item when at least this share of the item's fused probability is its."""
+REASON_TEXT = {
+    "covisit": "people who chose {title} chose this next",
+    "interest": "fits what you have been choosing, {title} above all",
+    "content": "similar to {title}",
+    "popularity": "popular now",
+    "new": "new, and similar to what you like",
+}
+REASON_TEXT_WITHOUT_ITEM = {"interest": "fits what you have been choosing", "covisit": "often chosen next", "content": "fits your taste"}
+
+
+@dataclass(frozen=True)
+class RetrievedOne:
+    """Retrieval's answer for one query: `pipeline.Retrieved` without the batch axis."""
+
+    items: np.ndarray
+    """(K,) int32, best first, without padding."""
+    fused: np.ndarray
+    """(K,) float32 log-probability."""
+    log_probs: np.ndarray
+    """(K, S) float32 by source."""
+    sources: tuple[str, ...]
+    profile: np.ndarray | None
+    affinity: np.ndarray | None
+
+
+class Backend(Protocol):
+    """Where the models run; every call names the version, so that one answer never mixes two."""
+
+    async def retrieve(self, version: str, query: Queries, k: int, allowed: np.ndarray | None, blocked: np.ndarray) -> RetrievedOne:
+        """K candidates among `allowed` (N,) bool without the `blocked` rows."""
+        ...
+
+    async def rank(self, version: str, query: Queries, retrieved: RetrievedOne) -> tuple[np.ndarray, np.ndarray]:
+        """(K,) scores and (K,) probabilities (NaN where not calibrated)."""
+        ...
+
+    async def explain(self, version: str, query: Queries, items: np.ndarray) -> list[tuple[str, int | None]]:
+        """(kind, item row behind it or None) for each item row."""
+        ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Time limits of one request, seconds."""
+
+    retrieval_s: float = 2.0
+    ranking_s: float = 1.0
+
+
+@dataclass
+class Version:
+    """What the ingress holds of a bundle: everything but the models that score."""
+
+    bundle: Bundle
+    catalogue: Catalogue
+    popular: np.ndarray
+    """(N,) int64 item rows by training interactions, descending: the last resort."""
+    weights: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, bundle: Bundle, catalogue: Catalogue) -> "Version":
+        """Build from a bundle opened for the ingress."""
+        counts = bundle.items["num_train"].to_numpy()
+        return cls(bundle, catalogue, np.argsort(-counts, kind="stable"), bundle.fusion["mixture"]["weights"])
+
+
+@dataclass
+class _Ranked:
+    item_ids: list[str]
+    rows: np.ndarray  # (n,) int64, -1 for live items
+    scores: list[float | None]
+    probabilities: list[float | None]
+    sources: list[list[str]]
+
+
+class Recommender:
+    """Answers requests with one version's models and the present state.
+
+    Args:
+        state: history, users, item changes.
+        backend: runs the models.
+        clock: UTC epoch seconds now.
+        budget: time limits by stage.
+        history_limit: last events handed to the models.
+        num_candidates: K.
+    """
+
+    def __init__(
+        self,
+        state: UserState,
+        backend: Backend,
+        *,
+        clock: Callable[[], float] = time.time,
+        budget: Budget | None = None,
+        history_limit: int = 200,
+        num_candidates: int = 200,
+    ):
+        self.state, self.backend, self.clock = state, backend, clock
+        self.budget = budget or Budget()
+        self.history_limit, self.num_candidates = history_limit, num_candidates
+        self.version: Version | None = None
+        self.counts: Counter[str] = Counter()
+        self._empty = Catalogue(_no_items())
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The items of the current version, or only the live ones while nothing is published."""
+        return self.version.catalogue if self.version is not None else self._empty
+
+    def sync_items(self) -> None:
+        """Take in item changes of any process; cheap when there are none."""
+        catalogue = self.catalogue
+        if self.state.item_sequence() > catalogue.sequence:
+            catalogue.apply(self.state.items_since(catalogue.sequence))
+
+    async def recommend(self, body: RecommendBody) -> dict[str, Any]:
+        """Answer `POST /v1/recommend`.
+
+        Raises:
+            SchemaError: a filter that is not understood.
+        """
+        stages = _Stages()
+        self.sync_items()
+        version = self.version
+        history, strategy = self._history(body, version)
+        stages.mark("state")
+        compiled = self.catalogue.compile(body.filter)
+        blocked_ids = set(body.exclude)
+        if body.exclude_seen is not False:
+            kinds = None if body.exclude_seen is True else set(body.exclude_seen)
+            blocked_ids |= {event.item_id for event in history if kinds is None or event.event in kinds}
+        wanted = None if body.include is None else set(body.include)
+        if version is None:
+            ranked = self._fallback(body.offset + body.n, blocked_ids, wanted, body.filter)
+            return self._answer(body, ranked, stages, strategy="fallback", degraded="no model published")
+        query = self._query(version, history)
+        allowed = self._allowed(version, body.filter, wanted)
+        blocked = np.array([row for item in blocked_ids if (row := version.catalogue.index.get(item)) is not None], np.int32)
+        need = body.offset + body.n
+        k = max(self.num_candidates, need + 1)
+        degraded = None
+        try:
+            call = self.backend.retrieve(version.bundle.version, query, k, allowed, blocked)
+            retrieved = await asyncio.wait_for(call, self.budget.retrieval_s)
+        except Exception as error:  # whatever broke, popularity still answers
+            self.counts[f"degraded_retrieval_{type(error).__name__}"] += 1
+            ranked = self._fallback(need, blocked_ids, wanted, body.filter)
+            return self._answer(body, ranked, stages, strategy="fallback", degraded=f"retrieval failed ({type(error).__name__})")
+        stages.mark("retrieval")
+        scores, probabilities, degraded = await self._rank(version, query, retrieved)
+        stages.mark("ranking")
+        order = np.argsort(-scores, kind="stable")
+        if body.diversity > 0:
+            order = self._diversify(version, retrieved.items, scores, order, need, body.diversity)
+        order = order[:need]
+        ranked = self._ranked(version, retrieved, order, scores, probabilities)
+        if retrieved.profile is not None and strategy != "cold_start":
+            self._insert_live(ranked, retrieved, blocked_ids, wanted, compiled, need)
+        stages.mark("rerank")
+        reasons = None
+        if body.explain:
+            reasons = await self._reasons(version, query, ranked, body.offset)
+            stages.mark("explain")
+        return self._answer(body, ranked, stages, strategy=strategy, degraded=degraded, reasons=reasons)
+
+    async def rank(self, body: RankBody) -> dict[str, Any]:
+        """Answer `POST /v1/rank`: the given items in the user's order; unknown ones last, with score null."""
+        stages = _Stages()
+        self.sync_items()
+        version = self.version
+        history, strategy = self._history(body, version)
+        candidates = list(dict.fromkeys(body.candidates))
+        usable = [
+            item for item in candidates if self.catalogue.known(item) and self.catalogue.attributes(item).get("available") is not False
+        ]
+        if version is None:
+            ranked = _Ranked(usable, np.full(len(usable), -1), [None] * len(usable), [None] * len(usable), [[] for _ in usable])
+            return self._answer(body, ranked, stages, strategy="fallback", degraded="no model published")
+        query = self._query(version, history)
+        rows = np.array([row for item in usable if (row := version.catalogue.index.get(item)) is not None], np.int64)
+        allowed = np.zeros(len(version.catalogue.item_ids), bool)
+        allowed[rows] = True
+        degraded = None
+        ranked = _Ranked([], np.zeros(0, np.int64), [], [], [])
+        try:
+            call = self.backend.retrieve(version.bundle.version, query, max(1, len(rows)), allowed, np.zeros(0, np.int32))
+            retrieved = await asyncio.wait_for(call, self.budget.retrieval_s)
+        except Exception as error:
+            self.counts[f"degraded_retrieval_{type(error).__name__}"] += 1
+            ranked = self._fallback(len(usable), set(), set(usable), {})
+            return self._answer(body, ranked, stages, strategy="fallback", degraded=f"retrieval failed ({type(error).__name__})")
+        stages.mark("retrieval")
+        scores, probabilities, degraded = await self._rank(version, query, retrieved)
+        stages.mark("ranking")
+        order = np.argsort(-scores, kind="stable")
+        ranked = self._ranked(version, retrieved, order, scores, probabilities)
+        reasons = await self._reasons(version, query, ranked, 0) if body.explain else None
+        placed = set(ranked.item_ids)
+        for item_id in candidates:
+            if item_id not in placed:
+                _append(ranked, item_id)
+        return self._answer(body, ranked, stages, strategy=strategy, degraded=degraded, reasons=reasons)
+
+    async def similar(self, item_id: str, n: int) -> dict[str, Any]:
+        """Answer `GET /v1/items/{item_id}/similar`: what follows from that item alone."""
+        return await self.recommend(RecommendBody(history=[HistoryItem(item_id=item_id)], n=n, return_metadata=True))
+
+    def _history(self, body: RecommendBody | RankBody, version: Version | None) -> tuple[list[HistoryEvent], str]:
+        """Bundle history, then events since, then what the request itself brings; and the strategy that follows."""
+        events: list[HistoryEvent] = []
+        if body.user_id is not None:
+            live = self.state.history(body.user_id)
+            if version is not None and not self.state.erased(body.user_id):
+                events = _bundle_history(version, body.user_id, live)
+            events += live
+        if body.session_id is not None and body.user_id is None:
+            events += self.state.session_history(body.session_id)
+        strategy = "personalized" if events and body.user_id is not None else "session" if events else "cold_start"
+        if body.history:
+            now = self.clock()
+            for entry in body.history:
+                item = HistoryItem(item_id=entry) if isinstance(entry, str) else entry
+                events.append(HistoryEvent(item.item_id, item.event, item.timestamp or now, item.value))
+            strategy = strategy if strategy == "personalized" else "session"
+        return events, strategy
+
+    def _query(self, version: Version, history: list[HistoryEvent]) -> Queries:
+        index, codes = version.catalogue.index, version.bundle.event_codes
+        known = [(row, codes.get(event.event, 0), event.timestamp) for event in history if (row := index.get(event.item_id)) is not None]
+        known = known[-self.history_limit :]
+        rows, events, times = ([entry[column] for entry in known] for column in range(3))
+        return Queries(
+            np.array(rows, np.int32),
+            np.array(events, np.int8),
+            np.array(times, np.float64).astype(np.int64),
+            np.array([0, len(known)], np.int64),
+            np.array([int(self.clock())], np.int64),
+        )
+
+    def _allowed(self, version: Version, rules: dict[str, Any], wanted: set[str] | None) -> np.ndarray:
+        mask = version.catalogue.available
+        if rules:
+            mask = mask & version.catalogue.filter_mask(rules)
+        if wanted is not None:
+            chosen = np.zeros(len(mask), bool)
+            chosen[[row for item in wanted if (row := version.catalogue.index.get(item)) is not None]] = True
+            mask = mask & chosen
+        return mask
+
+    async def _rank(self, version: Version, query: Queries, retrieved: RetrievedOne) -> tuple[np.ndarray, np.ndarray, str | None]:
+        try:
+            call = self.backend.rank(version.bundle.version, query, retrieved)
+            scores, probabilities = await asyncio.wait_for(call, self.budget.ranking_s)
+            return scores, probabilities, None
+        except Exception as error:  # retrieval order is a good answer
+            self.counts[f"degraded_ranking_{type(error).__name__}"] += 1
+            return retrieved.fused, np.full(len(retrieved.fused), np.nan, np.float32), f"ranking failed ({type(error).__name__})"
+
+    def _ranked(
+        self, version: Version, retrieved: RetrievedOne, order: np.ndarray, scores: np.ndarray, probabilities: np.ndarray
+    ) -> _Ranked:
+        rows = retrieved.items[order].astype(np.int64)
+        weights = np.array([max(version.weights.get(name, 0.0), 1e-12) for name in retrieved.sources])
+        shares = np.exp(np.log(weights) + retrieved.log_probs[order] - retrieved.fused[order, None])
+        chances = [None if np.isnan(p) else round(float(p), 6) for p in probabilities[order]]
+        sources = []
+        for share in shares:
+            best_first = np.argsort(-share)
+            sources.append([retrieved.sources[s] for s in best_first if share[s] >= SOURCE_SHARE or s == best_first[0]])
+        ids = version.catalogue.item_ids
+        return _Ranked([ids[row] for row in rows], rows, [round(float(s), 6) for s in scores[order]], chances, sources)
+
+    def _insert_live(
+        self, ranked: _Ranked, retrieved: RetrievedOne, blocked: set[str], wanted: set[str] | None, compiled: dict, need: int
+    ) -> None:
+        ids, vectors = self.catalogue.live_matrix
+        if not ids or retrieved.profile is None or retrieved.affinity is None or not np.any(retrieved.profile):
+            return
+        ranks = live_ranks(retrieved.profile, retrieved.affinity, vectors)
+        room = max(1, int(LIVE_MAX_SHARE * need))
+        placed = 0
+        for at in np.argsort(np.where(ranks < 0, np.iinfo(np.int64).max, ranks), kind="stable"):
+            if ranks[at] < 0 or placed == room:
+                break
+            item_id = ids[at]
+            if item_id in blocked or (wanted is not None and item_id not in wanted) or not self.catalogue.matches(item_id, compiled):
+                continue
+            # Its place is by rank; its score is the one that keeps the list ordered.
+            position = min(int(ranks[at]), len(ranked.item_ids))
+            score = ranked.scores[position] if position < len(ranked.scores) else (ranked.scores[-1] if ranked.scores else 0.0)
+            ranked.item_ids.insert(position, item_id)
+            ranked.rows = np.insert(ranked.rows, position, -1)
+            ranked.scores.insert(position, score)
+            ranked.probabilities.insert(position, None)
+            ranked.sources.insert(position, ["new"])
+            placed += 1
+
+    def _diversify(self, version: Version, items: np.ndarray, scores: np.ndarray, order: np.ndarray, n: int, strength: float) -> np.ndarray:
+        """Maximal marginal relevance over content vectors among the best 5n candidates (Carbonell & Goldstein, SIGIR 1998)."""
+        vectors = version.bundle.content_vectors
+        if vectors is None or len(order) == 0:
+            return order
+        pool = order[: 5 * n]
+        relevance = np.linspace(1.0, 0.0, len(pool))  # by rank: scores of different users have different scales
+        pool_vectors = vectors[items[pool]].astype(np.float32)
+        closest = np.zeros(len(pool), np.float32)
+        chosen: list[int] = []
+        left = np.ones(len(pool), bool)
+        for _ in range(min(n, len(pool))):
+            value = np.where(left, (1 - strength) * relevance - strength * closest, -np.inf)
+            best = int(value.argmax())
+            chosen.append(best)
+            left[best] = False
+            closest = np.maximum(closest, pool_vectors @ pool_vectors[best])
+        return pool[np.array(chosen, np.int64)]
+
+    async def _reasons(self, version: Version, query: Queries, ranked: _Ranked, offset: int) -> list[list[dict]]:
+        rows = ranked.rows[ranked.rows >= 0]
+        try:
+            found = await asyncio.wait_for(self.backend.explain(version.bundle.version, query, rows), self.budget.ranking_s)
+        except Exception as error:
+            self.counts[f"degraded_explain_{type(error).__name__}"] += 1
+            return [[] for _ in ranked.item_ids]
+        reasons, by_row = [], iter(found)
+        for row in ranked.rows:
+            kind, because = next(by_row) if row >= 0 else ("new", None)
+            item_id = None if because is None else version.catalogue.item_ids[because]
+            text = REASON_TEXT_WITHOUT_ITEM.get(kind) if item_id is None else None
+            text = text or REASON_TEXT[kind].format(title=self.catalogue.title(item_id) if item_id else "")
+            reasons.append([{"kind": kind, "item_id": item_id, "text": text}])
+        return reasons
+
+    def _fallback(self, n: int, blocked: set[str], wanted: set[str] | None, rules: dict[str, Any]) -> _Ranked:
+        """Popularity without any model: the bundle's counts, else live counts."""
+        catalogue = self.catalogue
+        compiled = catalogue.compile(rules)
+        ids = [catalogue.item_ids[row] for row in self.version.popular] if self.version is not None else []
+        ranked = _Ranked([], np.zeros(0, np.int64), [], [], [])
+        for item_id in dict.fromkeys([*ids, *self.state.popular(n + len(blocked) + 100), *catalogue.live]):
+            if len(ranked.item_ids) == n:
+                break
+            state = catalogue.overlay.get(item_id)
+            gone = state is not None and (state.deleted or catalogue.attributes(item_id).get("available") is False)
+            if item_id in blocked or gone or (wanted is not None and item_id not in wanted):
+                continue
+            row = catalogue.index.get(item_id, -1)
+            if (row >= 0 and not catalogue.available[row]) or (compiled and not catalogue.matches(item_id, compiled)):
+                continue
+            _append(ranked, item_id, row, "popularity")
+        return ranked
+
+    def _answer(
+        self,
+        body: RecommendBody | RankBody,
+        ranked: _Ranked,
+        stages: "_Stages",
+        *,
+        strategy: str,
+        degraded: str | None,
+        reasons: list[list[dict]] | None = None,
+    ) -> dict[str, Any]:
+        self.counts[f"strategy_{strategy}"] += 1
+        first = body.offset if isinstance(body, RecommendBody) else 0
+        last = first + body.n if isinstance(body, RecommendBody) else len(ranked.item_ids)
+        items = []
+        for at in range(first, min(last, len(ranked.item_ids))):
+            item: dict[str, Any] = {
+                "item_id": ranked.item_ids[at],
+                "rank": at + 1,
+                "score": ranked.scores[at],
+                "probability": ranked.probabilities[at],
+                "sources": ranked.sources[at],
+            }
+            if reasons is not None:
+                item["reasons"] = reasons[at]
+            if body.return_metadata:
+                item["metadata"] = self.catalogue.attributes(ranked.item_ids[at])
+            items.append(item)
+        answer = {
+            "recommendation_id": uuid.uuid4().hex,
+            "user_id": body.user_id,
+            "model_version": self.version.bundle.version if self.version is not None else None,
+            "strategy": strategy,
+            "degraded": degraded is not None,
+            "degraded_reason": degraded,
+            "ab_group": None,
+            "items": items,
+        }
+        if body.debug:
+            answer["stages"] = stages.milliseconds
+        return answer
+
+
+class _Stages:
+    """Milliseconds spent since the last mark."""
+
+    def __init__(self) -> None:
+        self.milliseconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def mark(self, name: str) -> None:
+        now = time.perf_counter()
+        self.milliseconds[name] = round((now - self._last) * 1000, 3)
+        self._last = now
+
+
+def _append(ranked: _Ranked, item_id: str, row: int = -1, source: str | None = None) -> None:
+    ranked.item_ids.append(item_id)
+    ranked.rows = np.append(ranked.rows, row)
+    ranked.scores.append(None)
+    ranked.probabilities.append(None)
+    ranked.sources.append([source] if source else [])
+
+
+def _bundle_history(version: Version, user_id: str, live: list[HistoryEvent]) -> list[HistoryEvent]:
+    """What the bundle remembers, without the events that state still has too (a later bundle learnt from the log)."""
+    found = version.bundle.histories.lookup(user_id)
+    if found is None:
+        return []
+    ids, names = version.catalogue.item_ids, version.bundle.events
+    again = {(event.item_id, int(event.timestamp)) for event in live}
+    history = [HistoryEvent(ids[item], names[code], float(at)) for item, code, at in zip(*found, strict=True)]
+    return [event for event in history if (event.item_id, int(event.timestamp)) not in again]
+
+
+def _no_items() -> pa.Table:
+    return pa.table({"item_id": pa.array([], pa.string())})
