@@ -14,13 +14,8 @@ from ray.serve import Application
 from raysys import storage
 from raysys.errors import ConfigError
 from raysys.serve.deployments import Ingestion, Ingress, Ranking, Retrieval
+from raysys.serve.settings import FAST_SETTINGS
 
-FAST_SETTINGS = {
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-}
-"""Environment of the process that starts Ray and Serve; measured in docs/serving.md."""
 LOCAL_NODE = {"resources": {"node:__internal_head__": 0.001}}
 """Keeps the processes that open the embedded store on one node."""
 

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,9 +24,13 @@ from typing import Any
 
 from raysys import config, storage
 from raysys.errors import ConfigError, RaysysError
+from raysys.serve.settings import FAST_SETTINGS
 
 READY_TIMEOUT_S = 120.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MARKER = "RAYSYS_SERVICE"
+PRIVATE_CLUSTER = {"RAY_ADDRESS": "local", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+"""`serve run` would otherwise join whatever cluster it finds on the machine."""
 HAPROXY_PORTS = (8404, 9101)
 """HAProxy's own statistics ports; all interfaces."""
 
@@ -77,8 +82,11 @@ def running_service(
     (Ray, Serve, HAProxy) can be ended together, however this process ends.
 
     Args:
-        registry, events, state: locations; defaults as in `AppArgs`.
-        host, port: where to listen; the config file's when None.
+        registry: published bundles; default as in `AppArgs`.
+        events: event log, likewise.
+        state: online state, likewise.
+        host: address to listen on; the config file's when None.
+        port: TCP port, likewise.
         config_path: a Serve config; the package's own when None or missing.
         insecure: allow another host than loopback without an API key.
         fast: set the fast settings (a benchmark turns them off).
@@ -101,24 +109,25 @@ def running_service(
     serve_config["applications"][0]["args"] = {**arguments, **{name: value for name, value in given.items() if value}}
     for wanted in (http["port"], *(HAPROXY_PORTS if fast else ())):
         require_free(wanted)
+    token = secrets.token_hex(8)
     with tempfile.TemporaryDirectory(prefix="raysys-serve-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "serve_config.json"
         path.write_text(json.dumps(serve_config))
         log_path = Path(folder) / "serve.log"
         with open(log_path, "wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "raysys.serve.process", str(path), *(["--fast"] if fast else [])],
+                [sys.executable, "-m", "ray.serve.scripts", "run", str(path)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+                env={**os.environ, **(FAST_SETTINGS if fast else {}), **PRIVATE_CLUSTER, MARKER: token},
             )
         base_url = f"http://{http['host'] if http['host'] != '0.0.0.0' else '127.0.0.1'}:{http['port']}"
         try:
             _wait(base_url, process, log_path, "ready" if require_model else "live")
             yield base_url
         finally:
-            _stop(process, http["port"])
+            _stop(process, http["port"], f"{MARKER}={token}".encode())
 
 
 def _serve_config(path: str | None) -> dict[str, Any]:
@@ -161,13 +170,13 @@ def _tail(path: Path, lines: int = 25) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
 
-def _stop(process: subprocess.Popen, port: int) -> None:
+def _stop(process: subprocess.Popen, port: int, marker: bytes) -> None:
     """End the service's session: politely, then by force, HAProxy included."""
     if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=20)
-    for pid in _session_members(process.pid):
+    for pid in _family(marker):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
@@ -176,17 +185,14 @@ def _stop(process: subprocess.Popen, port: int) -> None:
         time.sleep(0.1)
 
 
-def _session_members(session: int) -> list[int]:
-    """Processes of a session, and those that left it but came from it (Ray starts its daemons in groups of their own)."""
-    members, marker = [], f"RAYSYS_SERVICE={session}".encode()
+def _family(marker: bytes) -> list[int]:
+    """Every process whose environment carries the marker: Ray starts its daemons in groups of their own, the environment stays."""
+    members = []
     for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) == os.getpid():
-            continue
-        try:
-            if os.getsid(int(entry)) == session or marker in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
-                members.append(int(entry))
-        except (OSError, ProcessLookupError):
-            continue
+        if entry.isdigit() and int(entry) != os.getpid():
+            with contextlib.suppress(OSError):
+                if marker in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                    members.append(int(entry))
     return members
 
 
