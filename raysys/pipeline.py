@@ -71,15 +71,24 @@ class Pipeline:
         """(B, N) float32 log-probability of the next item under each source in use."""
         return {name: self.fusion.log_probs(model.scores(queries), name) for name, model in self.sources.items()}
 
-    def retrieve(self, queries: Queries, k: int | None = None, *, allowed: np.ndarray | None = None) -> Retrieved:
+    def retrieve(
+        self,
+        queries: Queries,
+        k: int | None = None,
+        *,
+        allowed: np.ndarray | None = None,
+        log_probs: dict[str, np.ndarray] | None = None,
+    ) -> Retrieved:
         """Fuse the sources over the catalogue, mask, take the best.
 
         Args:
             queries: B histories.
             k: candidates a query; the bundle's number when None.
             allowed: (B, N) or (N,) bool; masked before the cut, so that filters still return k items.
+            log_probs: what `source_log_probs(queries)` gave, when the caller has it already.
         """
-        log_probs = self.source_log_probs(queries)
+        if log_probs is None:
+            log_probs = self.source_log_probs(queries)
         fused = self.fusion.fuse(log_probs, empty=queries.lengths == 0)
         if allowed is not None:
             fused = np.where(allowed, fused, -np.inf)
