@@ -1,0 +1,306 @@
+"""`raysys evaluate`: every stage of a bundle against held-out events, over the whole catalogue.
+
+It runs the code that serves (`pipeline.py`), so the `final` figures are a
+statement about live answers; an item that retrieval missed is a miss of the
+final ranking too. Histories are what came before the target, nothing else.
+
+Legend: B queries of a batch, Q of all batches, N items, K candidates, S sources.
+"""
+
+import dataclasses
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from raysys.bundle import Bundle
+from raysys.errors import ConfigError, SchemaError
+from raysys.evaluate import metrics
+from raysys.models.base import Candidates, top_k
+from raysys.pipeline import Pipeline, Retrieved, seen_mask
+from raysys.prepare.dataset import Prepared, Sequences
+from raysys.queries import Queries
+from raysys.schema import NON_HISTORY_EVENTS, SPLIT_CODES, UNKNOWN_ITEM
+
+KS = (1, 5, 10, 20, 50, 100, 200)
+LIST_K = 10
+"""Length of the lists that coverage, novelty and popularity bias look at."""
+MAX_HISTORY = 10_000
+"""Events of a history that are looked at and masked; bounds a batch's memory."""
+MAX_BATCH_SCORES = 1 << 23
+"""Scores of one source in a batch; a batch takes fewer queries where the catalogue is large."""
+PROGRESS_S = 5.0
+
+
+def evaluate(
+    prepared_uri: str,
+    model_uri: str,
+    *,
+    split: str = "test",
+    mask: bool = True,
+    k: Sequence[int] = KS,
+    seed: int = 0,
+    bootstrap: int = 1000,
+    batch_size: int = 256,
+    max_users: int | None = None,
+) -> dict:
+    """Rank the catalogue for every held-out event and measure each stage.
+
+    Each event of the split is one query with one target. A target that the
+    catalogue does not know is a miss; so is, when masked, one that the user has
+    seen before (both are counted in the result).
+
+    Args:
+        prepared_uri: a prepared set with the split.
+        model_uri: a bundle; items and event codes are matched by name.
+        split: "test" or "valid".
+        mask: leave items of the user's history out of the ranking; the unmasked figures then stand in `unmasked`.
+        k: cut-offs.
+        seed: of tie breaks, the bootstrap and the sample of users.
+        bootstrap: resamples of users for the 95% intervals; 0 leaves them out.
+        batch_size: queries at once, at most.
+        max_users: evaluate a random sample of so many users.
+
+    Returns:
+        JSON-ready: final, retrieval, sources {NAME: ...}, baselines, each `{"ndcg@10", "ndcg@10_interval", ...}`; unmasked;
+        ranker {auc, logloss, ece, label, negatives, ...}; coverage, novelty, popularity_bias; counts and provenance.
+
+    Raises:
+        SchemaError: no events in this split, or the bundle knows none of its items.
+        ConfigError: the bundle was fitted on the split that is asked for.
+    """
+    started = time.monotonic()
+    prepared, bundle = Prepared.open(prepared_uri), Bundle.open(model_uri)
+    if split == "valid" and bundle.manifest.get("fit") == "train+valid":
+        raise ConfigError(f"{model_uri} was fitted on train+valid, so its valid figures would be of seen data; evaluate it on test")
+    sequences = matched_sequences(prepared, bundle)
+    positions = _targets(sequences, bundle, split, max_users, seed, prepared_uri)
+    stages = Stages(Pipeline(bundle), mask=mask, list_k=max(LIST_K, *k), seed=seed)
+    batch_size = max(1, min(batch_size, MAX_BATCH_SCORES // stages.pipeline.num_items))
+    shown = started
+    for first in range(0, len(positions), batch_size):
+        batch = positions[first : first + batch_size]
+        stages.add(sequences.queries_before(batch, max_events=MAX_HISTORY), sequences.items[batch])
+        if time.monotonic() - shown > PROGRESS_S:
+            shown = time.monotonic()
+            print(f"      evaluated {first + len(batch):,} of {len(positions):,} targets", file=sys.stderr, flush=True)
+    users = sequences.rows[positions]
+    ranks = {name: np.concatenate(parts) for name, parts in stages.ranks.items()}
+
+    def figures(name: str, resamples: int = bootstrap) -> dict:
+        return metrics.mean_with_intervals(metrics.rank_metrics(ranks[name], k), users, resamples=resamples, seed=seed)
+
+    sources = {name: {**figures(name), "fusion_weight": stages.pipeline.fusion.weights.get(name, 0.0)} for name in stages.source_names}
+    gain = {
+        name: values - metrics.rank_metrics(ranks["retrieval"], k)[name] for name, values in metrics.rank_metrics(ranks["final"], k).items()
+    }
+    lists = np.concatenate(stages.lists)[:, :LIST_K]
+    popularity = _popularity(bundle)
+    return {
+        "final": figures("final"),
+        "retrieval": figures("retrieval"),
+        "sources": sources,
+        "baselines": {title: sources[name] for title, name in (("popularity", "popularity"), ("item_knn", "covisit")) if name in sources},
+        "final_minus_retrieval": metrics.mean_with_intervals(gain, users, resamples=bootstrap, seed=seed),
+        "unmasked": {name.removeprefix("unmasked "): figures(name, 0) for name in ranks if name.startswith("unmasked ")},
+        "ranker": stages.ranker_figures(sequences.positive[positions]),
+        "coverage": metrics.coverage(lists, len(popularity)),
+        "novelty": metrics.novelty(lists, popularity),
+        "popularity_bias": _popularity_bias(lists, stages.targets(), popularity),
+        "list_k": LIST_K,
+        "split": split,
+        "masked": mask,
+        "k": list(k),
+        "num_candidates": stages.pipeline.num_candidates,
+        "ranker_weight": stages.pipeline.ranker_weight,
+        "users": len(np.unique(users)),
+        "targets": len(positions),
+        "unknown_targets": int((stages.targets() == UNKNOWN_ITEM).sum()),
+        "repeated_targets": stages.repeated,
+        "empty_histories": stages.empty,
+        "items": len(popularity),
+        "data": {"fingerprint": prepared.manifest["fingerprint"], "split": prepared.manifest["split"], "time": prepared.manifest["time"]},
+        "model": {"version": bundle.version, "fit": bundle.manifest.get("fit"), "data": bundle.manifest.get("data", {}).get("fingerprint")},
+        "seed": seed,
+        "bootstrap": bootstrap,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+class Stages:
+    """Ranks of the targets at each stage, gathered batch by batch.
+
+    Attributes:
+        ranks: stage -> list of (B,) ranks; stages are "final", "retrieval", the sources, and "unmasked NAME" of each.
+        lists: (B, K) final lists of each batch.
+        repeated: targets that the user had seen before.
+        empty: queries without any history.
+    """
+
+    def __init__(self, pipeline: Pipeline, *, mask: bool, list_k: int, seed: int):
+        self.pipeline, self.mask, self.list_k = pipeline, mask, list_k
+        self.rng = np.random.default_rng(seed)
+        # Sources that fusion switched off are measured too: the table says why they were.
+        self.unused = {name: model for name, model in pipeline.bundle.models.items() if name != "ranker" and name not in pipeline.sources}
+        self.source_names = [*pipeline.sources, *self.unused]
+        self.ranks: dict[str, list[np.ndarray]] = defaultdict(list)
+        self.lists: list[np.ndarray] = []
+        self.repeated = self.empty = 0
+        self._targets: list[np.ndarray] = []
+        self._logged: list[np.ndarray] = []
+        self._candidates: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def targets(self) -> np.ndarray:
+        """(Q,) int32 item rows."""
+        return np.concatenate(self._targets)
+
+    def add(self, queries: Queries, targets: np.ndarray) -> None:
+        """Run all stages for one batch.
+
+        Args:
+            queries: B histories.
+            targets: (B,) int32 item rows, UNKNOWN_ITEM possible.
+        """
+        log_probs = self.pipeline.source_log_probs(queries)
+        unseen = seen_mask(queries, self.pipeline.num_items)
+        self.repeated += int((~unseen[np.arange(len(targets)), targets] & (targets != UNKNOWN_ITEM)).sum())
+        self.empty += int((queries.lengths == 0).sum())
+        self._targets.append(targets)
+        scores = {**log_probs, **{name: model.scores(queries) for name, model in self.unused.items()}}
+        for prefix, allowed in (("", unseen), ("unmasked ", None)) if self.mask else (("", None),):
+            for name, values in scores.items():
+                self.ranks[prefix + name].append(metrics.target_ranks(values, targets, allowed, self.rng))
+            retrieved = self.pipeline.retrieve(queries, allowed=allowed, log_probs=log_probs)
+            ranked, probabilities = self.pipeline.rank(queries, retrieved.candidates)
+            final = np.take_along_axis(retrieved.candidates.items, top_k(ranked, self.list_k), 1)
+            self.ranks[prefix + "retrieval"].append(metrics.list_ranks(retrieved.candidates.items, targets))
+            self.ranks[prefix + "final"].append(metrics.list_ranks(final, targets))
+            if not prefix:
+                self.lists.append(final)
+                self._keep_probabilities(queries, targets, log_probs, retrieved, probabilities)
+
+    def _keep_probabilities(
+        self, queries: Queries, targets: np.ndarray, log_probs: dict[str, np.ndarray], retrieved: Retrieved, probabilities: np.ndarray
+    ) -> None:
+        """Probabilities of the logged event and of all candidates; which of the two count is known at the end."""
+        rows, known = np.arange(len(targets)), targets != UNKNOWN_ITEM
+        columns = np.where(known, targets, 0)
+        fused = self.pipeline.fusion.fuse(log_probs, empty=queries.lengths == 0)[rows, columns]
+        each = np.stack([values[rows, columns] for values in log_probs.values()], axis=-1)
+        event = Candidates(columns[:, None].astype(np.int32), fused[:, None], each[:, None, :], tuple(log_probs))
+        self._logged.append(np.where(known, self.pipeline.rank(queries, event)[1][:, 0], np.nan))
+        items = retrieved.candidates.items
+        self._candidates.append((probabilities[items >= 0], (items == targets[:, None])[items >= 0]))
+
+    def ranker_figures(self, positive: np.ndarray) -> dict[str, Any]:
+        """AUC, log-loss and calibration of the ranker's probabilities; null where they cannot be had.
+
+        Args:
+            positive: (Q,) bool, whether each target is a positive event.
+        """
+        logged = np.concatenate(self._logged)
+        known = ~np.isnan(logged)
+        if known.any() and 0 < positive[known].sum() < known.sum():
+            probabilities, labels = logged[known], positive[known]
+            label, negatives = "positive event", "logged events that are not positive"
+        else:
+            probabilities, labels = (np.concatenate(parts) for parts in zip(*self._candidates, strict=True))
+            label, negatives = "held-out item", "the other retrieved candidates"
+        if not len(probabilities) or np.isnan(probabilities).any():
+            return {"auc": None, "logloss": None, "ece": None, "label": None, "negatives": None}
+        curve = metrics.reliability(probabilities, labels)
+        return {
+            "auc": metrics.auc(probabilities, labels),
+            "logloss": metrics.log_loss(probabilities, labels),
+            "ece": metrics.calibration_error(curve),
+            "label": label,
+            "negatives": negatives,
+            "examples": len(labels),
+            "base_rate": float(labels.mean()),
+            "logloss_of_base_rate": metrics.log_loss(np.full(len(labels), labels.mean()), labels),
+            "reliability": curve,
+        }
+
+
+def matched_sequences(prepared: Prepared, bundle: Bundle) -> Sequences:
+    """The sequences in the bundle's item rows and event codes; a bundle may come from an older preparation.
+
+    Raises:
+        SchemaError: no item of the prepared set is in the bundle.
+    """
+    sequences = prepared.sequences()
+    item_ids = prepared.items()["item_id"].to_pylist()
+    if item_ids == bundle.item_ids and prepared.events == bundle.events:
+        return sequences
+    rows = np.array([*(bundle.item_index.get(item_id, UNKNOWN_ITEM) for item_id in item_ids), UNKNOWN_ITEM], np.int32)
+    if (rows == UNKNOWN_ITEM).all():
+        raise SchemaError(
+            f"{prepared.uri}: none of its {len(item_ids):,} items is in bundle {bundle.version}; were they made from one data set?"
+        )
+    codes = np.array([bundle.event_codes.get(name, 0) for name in prepared.events], np.int8)
+    return dataclasses.replace(sequences, items=rows[sequences.items], events=codes[sequences.events])
+
+
+def _targets(sequences: Sequences, bundle: Bundle, split: str, max_users: int | None, seed: int, uri: str) -> np.ndarray:
+    if split not in ("valid", "test"):
+        raise ConfigError(f"split: expected 'test' or 'valid', got {split!r}")
+    shown_only = [code for name, code in bundle.event_codes.items() if name in NON_HISTORY_EVENTS]
+    wanted = (sequences.split == SPLIT_CODES[split]) & ~np.isin(sequences.events, shown_only)
+    positions = np.flatnonzero(wanted)
+    if not len(positions):
+        raise SchemaError(f"{uri}: expected events in the {split} part, found none; prepare with --split leave-one-out or time")
+    users = np.unique(sequences.rows[positions])
+    if max_users is not None and max_users < len(users):
+        chosen = np.random.default_rng(seed).choice(users, max_users, replace=False)
+        positions = positions[np.isin(sequences.rows[positions], chosen)]
+    return positions
+
+
+def _popularity(bundle: Bundle) -> np.ndarray:
+    return bundle.items["num_train"].to_numpy().astype(np.int64)
+
+
+def _popularity_bias(lists: np.ndarray, targets: np.ndarray, popularity: np.ndarray) -> dict[str, Any]:
+    percentiles = metrics.popularity_percentiles(popularity)
+    exposure = np.bincount(lists[lists >= 0], minlength=len(popularity))
+    taken = np.bincount(targets[targets != UNKNOWN_ITEM], minlength=len(popularity))
+    # Tenths of the catalogue by rank, equals in row order: each holds the same number of items.
+    tenths = np.empty(len(popularity), np.int64)
+    tenths[np.argsort(popularity, kind="stable")] = np.arange(len(popularity)) * 10 // len(popularity)
+
+    def share(counts: np.ndarray) -> list[float]:
+        return (np.bincount(tenths, weights=counts, minlength=10) / max(1, counts.sum())).tolist()
+
+    return {
+        "mean_percentile": float(np.average(percentiles, weights=exposure)),
+        "mean_percentile_of_targets": float(np.average(percentiles, weights=taken)) if taken.any() else None,
+        "gini": metrics.gini(exposure),
+        "share_by_tenth": {"recommended": share(exposure), "targets": share(taken), "training": share(popularity)},
+    }
+
+
+def summary_rows(result: dict) -> list[tuple[str, str]]:
+    """The closing table of the command."""
+    cut = 10 if 10 in result["k"] else max(result["k"])
+    names = [f"ndcg@{cut}", f"recall@{cut}", f"mrr@{cut}"]
+    rows = [("stage", "".join(f"{name:>12}" for name in names))]
+    stages = {**result["sources"], "retrieval (fused)": result["retrieval"], "final": result["final"]}
+    rows += [(title, "".join(f"{figures[name]:>12.4f}" for name in names)) for title, figures in stages.items()]
+    if f"{names[0]}_interval" in result["final"]:
+        low, high = result["final"][f"{names[0]}_interval"]
+        rows.append((f"final {names[0]}", f"95% interval {low:.4f} to {high:.4f} over {result['users']:,} users"))
+    deepest = max(result["k"])
+    rows.append((f"candidate recall@{deepest}", f"{result['retrieval'][f'recall@{deepest}']:.4f}"))
+    ranker = result["ranker"]
+    if ranker["auc"] is not None:
+        text = (
+            f"AUC {ranker['auc']:.4f}, log-loss {ranker['logloss']:.4f}, calibration error {ranker['ece']:.4f} (label: {ranker['label']})"
+        )
+        rows.append(("ranker", text))
+    bias = result["popularity_bias"]
+    rows.append(("beyond accuracy", f"coverage {result['coverage']:.3f}, novelty {result['novelty']:.2f} bits, Gini {bias['gini']:.3f}"))
+    rows.append(("targets", f"{result['targets']:,} in {result['seconds']:.0f} s, {'masked' if result['masked'] else 'unmasked'}"))
+    return rows
