@@ -192,11 +192,11 @@ def _train(arguments: argparse.Namespace) -> Rows:
     from raysys.train.config import load_train_config
     from raysys.train.run import summary_rows, train
 
-    settings = load_train_config(arguments.config, arguments.overrides)
+    settings, given = load_train_config(arguments.config, arguments.overrides)
     prepared, out = cluster.location(arguments.prepared, "--prepared"), cluster.location(arguments.out, "--out")
     budget = parse_seconds(arguments.time_budget)
     with cluster.connected():
-        manifest = train(prepared, out, settings, fit=arguments.fit, seed=arguments.seed, time_budget_s=budget)
+        manifest = train(prepared, out, settings, given=given, fit=arguments.fit, seed=arguments.seed, time_budget_s=budget)
     return [*summary_rows(manifest), ("next", f"raysys evaluate --prepared {arguments.prepared} --model {arguments.out}")]
 
 
@@ -309,13 +309,13 @@ def _pipeline(arguments: argparse.Namespace) -> Rows:
     from raysys.train.config import load_train_config
     from raysys.train.run import train
 
-    settings = load_train_config(arguments.config, arguments.overrides)
+    settings, given = load_train_config(arguments.config, arguments.overrides)
     data, out = cluster.location(arguments.data, "--data"), cluster.location(arguments.out, "--out")
     prepared, bundle = storage.join(out, "prepared"), storage.join(out, "bundle")
     budget = parse_seconds(arguments.time_budget)
     with cluster.connected():
         prepare(data, prepared, split=arguments.split)
-        train(prepared, bundle, settings, seed=arguments.seed, time_budget_s=budget)
+        train(prepared, bundle, settings, given=given, seed=arguments.seed, time_budget_s=budget)
     rows: Rows = []
     if arguments.split != "none":
         metrics = evaluate(prepared, bundle, split="test")

@@ -56,11 +56,19 @@ class Pipeline:
     def __init__(self, bundle: Bundle, *, num_candidates: int = NUM_CANDIDATES):
         self.bundle = bundle
         self.num_candidates = num_candidates
-        self.fusion = Fusion.from_dict(bundle.fusion["mixture"])
         self.ranker_weight = float(bundle.fusion.get("ranker_weight", 0.0))
         self.ranker = bundle.models.get("ranker")
-        self.sources = {name: bundle.models[name] for name in self.fusion.weights if self.fusion.weights[name] > 0}
         self.content = bundle.models.get("content")
+        self.use(Fusion.from_dict(bundle.fusion["mixture"]))
+
+    def use(self, fusion: Fusion) -> None:
+        """Set the mixture, and with it the sources that are computed: those with weight, and those the ranker looks at."""
+        self.fusion = fusion
+        looked_at = self.ranker.sources if self.ranker is not None else ()
+        models = self.bundle.models
+        self.sources = {
+            name: models[name] for name, weight in fusion.weights.items() if name in models and (weight > 0 or name in looked_at)
+        }
 
     @property
     def num_items(self) -> int:
@@ -94,14 +102,29 @@ class Pipeline:
             fused = np.where(allowed, fused, -np.inf)
         items = top_k(fused, self.num_candidates if k is None else k)
         fused_BK = np.take_along_axis(fused, items, 1)
-        per_source = np.stack([np.take_along_axis(values, items, 1) for values in log_probs.values()], axis=-1)
+        per_source = _gather(log_probs, items)
         items = np.where(np.isfinite(fused_BK), items, -1).astype(np.int32)
-        candidates = Candidates(items, fused_BK.astype(np.float32), per_source.astype(np.float32), tuple(log_probs))
+        candidates = Candidates(items, fused_BK.astype(np.float32), per_source, tuple(log_probs))
         if self.content is None:
             return Retrieved(candidates, None, None)
         profiles = self.content.profile(queries)
         affinity = np.sort(profiles @ self.content.item_vectors.T, axis=1)[:, : -LIVE_MAX_RANK - 1 : -1]
         return Retrieved(candidates, profiles, affinity)
+
+    def candidates_of(self, queries: Queries, items: np.ndarray, *, log_probs: dict[str, np.ndarray] | None = None) -> Candidates:
+        """Given items as candidates, with what retrieval says about them.
+
+        Args:
+            queries: B histories.
+            items: (B, K) int item rows, all real.
+            log_probs: what `source_log_probs(queries)` gave, when the caller has it already.
+        """
+        if log_probs is None:
+            log_probs = self.source_log_probs(queries)
+        fused = self.fusion.fuse(log_probs, empty=queries.lengths == 0)
+        return Candidates(
+            items.astype(np.int32), np.take_along_axis(fused, items, 1).astype(np.float32), _gather(log_probs, items), tuple(log_probs)
+        )
 
     def rank(self, queries: Queries, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
         """Scores to order candidates by, and calibrated probabilities.
@@ -133,7 +156,7 @@ class Pipeline:
             items: (K,) item rows.
         """
         log_probs = self.source_log_probs(query)
-        names = list(log_probs)
+        names = [name for name in log_probs if self.fusion.weights[name] > 0]
         shares = np.stack([np.log(self.fusion.weights[name]) + log_probs[name][0, items] for name in names])
         if len(query.items) == 0:
             return [Reason("popularity")] * len(items)
@@ -149,6 +172,11 @@ class Pipeline:
             item = int(source[column]) if source is not None else -1
             reasons.append(Reason(kind, item if item >= 0 else None))
         return reasons
+
+
+def _gather(log_probs: dict[str, np.ndarray], items: np.ndarray) -> np.ndarray:
+    """(B, K, S) float32 of the given (B, K) columns of each source."""
+    return np.stack([np.take_along_axis(values, items, 1) for values in log_probs.values()], axis=-1).astype(np.float32)
 
 
 def seen_mask(queries: Queries, num_items: int) -> np.ndarray:

@@ -186,11 +186,9 @@ class Stages:
         self, queries: Queries, targets: np.ndarray, log_probs: dict[str, np.ndarray], retrieved: Retrieved, probabilities: np.ndarray
     ) -> None:
         """Probabilities of the logged event and of all candidates; which of the two count is known at the end."""
-        rows, known = np.arange(len(targets)), targets != UNKNOWN_ITEM
+        known = targets != UNKNOWN_ITEM
         columns = np.where(known, targets, 0)
-        fused = self.pipeline.fusion.fuse(log_probs, empty=queries.lengths == 0)[rows, columns]
-        each = np.stack([values[rows, columns] for values in log_probs.values()], axis=-1)
-        event = Candidates(columns[:, None].astype(np.int32), fused[:, None], each[:, None, :], tuple(log_probs))
+        event = self.pipeline.candidates_of(queries, columns[:, None], log_probs=log_probs)
         self._logged.append(np.where(known, self.pipeline.rank(queries, event)[1][:, 0], np.nan))
         items = retrieved.candidates.items
         self._candidates.append((probabilities[items >= 0], (items == targets[:, None])[items >= 0]))

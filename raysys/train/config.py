@@ -2,6 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from raysys import config
 from raysys.models.content import ContentConfig
@@ -43,6 +46,8 @@ class TrainConfig:
     """Retrieval sources to train; fusion gives each its weight on validation, 0 where it does not earn its place."""
     refit_epochs: int = 8
     """Epochs on the whole training part, starting from the model that was fitted without each user's last position."""
+    refit_lr_factor: float = 0.5
+    """Peak learning rate of the refit, relative to the fit's."""
     num_candidates: int = 200
     """Items that retrieval hands to ranking."""
     history_max_events: int = 200
@@ -66,6 +71,41 @@ def _dotted(values: dict, prefix: str = "") -> list[str]:
     return names
 
 
-def replace(settings: TrainConfig, part: str, **values: object) -> TrainConfig:
-    """A copy with some fields of one part changed."""
-    return dataclasses.replace(settings, **{part: dataclasses.replace(getattr(settings, part), **values)})
+DENSE_LENGTH = 20.0
+"""Mean training events a user from which histories count as long."""
+LARGE_CATALOGUE = 30_000
+"""Items from which the softmax is sampled."""
+
+
+def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np.ndarray, num_items: int) -> TrainConfig:
+    """Fill what nobody set from statistics of the data.
+
+    Short histories over many items overfit at once and want strong dropout;
+    long ones want context and less of it.
+
+    Args:
+        settings: as configured.
+        given: dotted names that were set; they stay.
+        lengths: (U,) training events a user.
+        num_items: catalogue size.
+    """
+    lengths = lengths[lengths > 0]
+    mean, long = float(lengths.mean()) if len(lengths) else 0.0, float(np.quantile(lengths, 0.9)) if len(lengths) else 0.0
+    dense = mean >= DENSE_LENGTH
+    wanted: dict[str, dict[str, Any]] = {
+        "interest": {"dropout": 0.2 if dense else 0.5, "max_length": int(np.clip(2 ** np.ceil(np.log2(max(long, 1))), 16, 200))},
+        "encoder": {
+            "batch_size": int(np.clip(2 ** np.round(np.log2(max(lengths.sum(), 1) / 1500)), 16, 128 if dense else 256)),
+            "loss": "sampled" if num_items > LARGE_CATALOGUE else "softmax",
+        },
+    }
+    for part, values in wanted.items():
+        free = {name: value for name, value in values.items() if f"{part}.{name}" not in given}
+        settings = dataclasses.replace(settings, **{part: dataclasses.replace(getattr(settings, part), **free)})
+    return settings
+
+
+def demo_config() -> tuple[TrainConfig, frozenset[str]]:
+    """Settings of the MovieLens-100k demo: the defaults, shortened to what a newcomer waits for."""
+    encoder = EncoderTrainConfig(epochs=12, patience=3, lr=3e-3)
+    return TrainConfig(encoder=encoder, refit_epochs=3), frozenset({"encoder.epochs", "encoder.patience", "encoder.lr"})

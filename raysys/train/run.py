@@ -11,6 +11,7 @@ import json
 import time
 from typing import Any
 
+import numpy as np
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
@@ -19,9 +20,9 @@ from safetensors.numpy import load as load_arrays
 
 from raysys import config, storage
 from raysys.bundle import Bundle, Histories, load_model
-from raysys.errors import ConfigError, RaysysError
+from raysys.errors import ConfigError, RaysysError, SchemaError
 from raysys.prepare.dataset import Prepared
-from raysys.train.config import TrainConfig
+from raysys.train.config import TrainConfig, with_data_defaults
 from raysys.train.progress import printed_progress
 from raysys.train.stages import PARTS, Plan, run_stages
 
@@ -33,6 +34,7 @@ def train(
     out: str,
     settings: TrainConfig,
     *,
+    given: frozenset[str] = frozenset(),
     fit: str = "train",
     seed: int | None = None,
     time_budget_s: float | None = None,
@@ -47,6 +49,7 @@ def train(
         prepared_uri: a prepared set.
         out: where the bundle goes.
         settings: see `TrainConfig`.
+        given: dotted names of the settings that somebody chose; the others may follow from the data.
         fit: "train", or "train+valid" to refit on both after every choice is made (labelled in the manifest).
         seed: overrides `settings.seed`.
         time_budget_s: wall-clock seconds for the whole command; the best validation state so far is kept.
@@ -63,6 +66,10 @@ def train(
     if seed is not None:
         settings = dataclasses.replace(settings, seed=seed)
     prepared = Prepared.open(prepared_uri)
+    counts = prepared.manifest["counts"]
+    if counts["train"] < 2:
+        raise SchemaError(f"{prepared_uri}: expected at least two training events, found {counts['train']}; prepare more data")
+    settings = with_data_defaults(settings, given, np.diff(prepared.sequences().train().indptr), prepared.num_items)
     workers, cpus = _resources(settings)
     work = f"{out.rstrip('/')}.work"
     plan = Plan(

@@ -1,0 +1,90 @@
+"""Content neighbours: items whose text is close to what the user had last.
+
+Legend: B queries, N items, L events, D content dimension.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from scipy import sparse
+
+from raysys.models.base import Arrays, Meta
+from raysys.queries import Queries
+
+
+@dataclass(frozen=True)
+class ContentConfig:
+    """How a profile is made."""
+
+    decay: float = 0.8
+    """Weight of a history item relative to the one after it, in (0, 1]."""
+    max_history: int = 20
+    """Last events that make the profile, in events."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay: expected a number in (0, 1], got {self.decay}")
+
+
+class ContentNeighbours:
+    """Cosine of item vectors with the decayed mean of the history's vectors (a Retriever).
+
+    The mean over the catalogue is taken out of the vectors first: static text
+    vectors share a large common direction that says nothing about an item.
+
+    Args:
+        vectors: (N, D) float32 centred unit vectors; zero where an item has no text.
+        mean: (D,) float32 what was taken out; `transform` does it for new items.
+        config: settings.
+    """
+
+    name = "content"
+
+    def __init__(self, vectors: np.ndarray, mean: np.ndarray, config: ContentConfig | None = None):
+        self.item_vectors, self.mean, self.config = vectors.astype(np.float32), mean.astype(np.float32), config or ContentConfig()
+
+    @classmethod
+    def fit(cls, raw: np.ndarray, config: ContentConfig | None = None) -> "ContentNeighbours":
+        """Centre encoder output.
+
+        Args:
+            raw: (N, D) float32 unit vectors of the encoder, zero for items without text.
+            config: settings.
+        """
+        filled = np.any(raw != 0, axis=1)
+        mean = raw[filled].mean(axis=0) if filled.any() else np.zeros(raw.shape[1], np.float32)
+        return cls(_centred(raw, mean), mean, config)
+
+    def transform(self, raw: np.ndarray) -> np.ndarray:
+        """(M, D) encoder output of new items in the space of `item_vectors`."""
+        return _centred(raw, self.mean)
+
+    def profile(self, queries: Queries) -> np.ndarray:
+        """(B, D) float32 unit profile of each history; zero without content."""
+        from_end = queries.lengths[queries.rows] - 1 - (np.arange(len(queries.items)) - queries.indptr[queries.rows])
+        weights = np.where(from_end < self.config.max_history, self.config.decay**from_end, 0.0).astype(np.float32)
+        history = sparse.csr_array((weights, queries.items, queries.indptr), shape=(len(queries), len(self.item_vectors)))
+        return _unit(np.asarray(history @ self.item_vectors, np.float32))
+
+    def scores(self, queries: Queries) -> np.ndarray:
+        """(B, N) float32 cosine in [-1, 1]; zero for an empty history."""
+        return self.profile(queries) @ self.item_vectors.T
+
+    def to_arrays(self) -> tuple[Arrays, Meta]:
+        """Vectors in half precision: a cosine needs three digits, the file halves."""
+        return {"vectors": self.item_vectors.astype(np.float16), "mean": self.mean}, {"config": asdict(self.config)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays, meta: Meta) -> "ContentNeighbours":
+        """The model back from `to_arrays`."""
+        return cls(arrays["vectors"].astype(np.float32), arrays["mean"], ContentConfig(**meta["config"]))
+
+
+def _centred(raw: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    filled = np.any(raw != 0, axis=1, keepdims=True)
+    return _unit(np.where(filled, raw - mean, 0.0).astype(np.float32))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(lengths > 1e-6, lengths, 1.0)

@@ -1,0 +1,478 @@
+"""What happens inside the training workers, stage by stage, each resumable from the last checkpoint.
+
+    fit       encoder on every user's training events minus the last ones (the held-out positions)
+    rank      worker 0: other sources on the same part; the ranker learns on the held-out positions
+    refit     encoder continues on the whole training part
+    choose    worker 0: sources on the whole training part; fusion and the ranker's weight chosen on validation
+
+No model ever learns from a position that a model before it was trained on and
+that it is then judged by: see `Parts` and the `leakage` entry of the manifest.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from safetensors.numpy import save as save_arrays
+
+from raysys import storage
+from raysys.bundle import Bundle, Histories
+from raysys.errors import SchemaError
+from raysys.features.text import TextEncoder, item_text
+from raysys.models.base import Candidates
+from raysys.models.content import ContentNeighbours
+from raysys.models.covisit import Covisitation
+from raysys.models.dot_product import DotProduct
+from raysys.models.fusion import Fusion, choose_fusion
+from raysys.models.interest import InterestEncoder, InterestRetriever
+from raysys.models.popularity import Popularity
+from raysys.pipeline import Pipeline, mix_scores, seen_mask
+from raysys.prepare.dataset import Prepared, Sequences
+from raysys.queries import Queries
+from raysys.schema import SPLIT_TRAIN, UNKNOWN_ITEM
+from raysys.train.config import TrainConfig
+from raysys.train.encoder import TrainResult, train_encoder
+from raysys.train.ranker import Logged, train_ranker
+
+STATE, PARTS = "state.pt", "parts.json"
+MAX_HISTORY = 500
+"""Events of a history that a query carries; no model looks further back."""
+RANKER_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+MAX_CHOICE_SCORES = 60_000_000
+"""Validation queries times items looked at when fusion is chosen; bounds memory."""
+MAX_VALIDATION_QUERIES = 3000
+"""Queries that early stopping looks at."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the driver asks of the workers."""
+
+    prepared_uri: str
+    settings: TrainConfig
+    fit: str
+    threads: int
+    deadline: float | None
+
+
+class Parts:
+    """Who may learn from what.
+
+    Attributes:
+        all: every event; histories of queries are cut from it.
+        train: the training part.
+        fit: the training part without each user's last positions.
+        heldout: flat positions in `all` of those, where the ranker learns.
+        choice: flat positions where settings are chosen: the validation part, or half the users' held-out positions without one.
+    """
+
+    def __init__(self, sequences: Sequences, settings: TrainConfig):
+        self.all = sequences
+        is_train = (sequences.split == SPLIT_TRAIN) & (sequences.items != UNKNOWN_ITEM)
+        if is_train.sum() < 2:
+            raise SchemaError(f"expected at least two training events, found {int(is_train.sum())}; prepare more data or another split")
+        self.train = sequences.where(is_train)
+        counts = np.diff(self.train.indptr)
+        # About a tenth of each history, one event at least, and never more than it takes to feed the ranker.
+        wanted = int(np.clip(np.ceil(settings.max_ranker_queries / max(1, (counts >= 2).sum())), 1, 10))
+        held = np.where(counts >= 2, np.clip(np.round(0.1 * counts), 1, wanted), 0).astype(np.int64)
+        from_end = np.repeat(counts, counts) - 1 - (np.arange(len(self.train.items)) - np.repeat(self.train.indptr[:-1], counts))
+        is_held = from_end < np.repeat(held, counts)
+        self.fit = self.train.where(~is_held)
+        flat_train = np.flatnonzero(is_train)
+        self.heldout = flat_train[is_held]
+        valid = sequences.target_positions("valid")
+        self.has_validation = len(valid) > 0
+        if self.has_validation:
+            self.choice = valid
+        else:
+            odd = sequences.rows[self.heldout] % 2 == 1
+            self.choice, self.heldout = self.heldout[odd], self.heldout[~odd]
+
+
+def run_stages(loop: dict) -> None:
+    """The function every Ray Train worker runs."""
+    plan, board = loop["plan"], loop["board"]
+    context = ray.train.get_context()
+    worker = Worker(plan, context.get_world_rank(), context.get_world_size(), lambda line: ray.get(board.post.remote(line)))
+    worker.run()
+
+
+class Worker:
+    """One worker's walk through the stages.
+
+    Args:
+        plan: what to do.
+        rank: this worker.
+        world_size: number of workers.
+        say: prints a line where the run was started.
+    """
+
+    def __init__(self, plan: Plan, rank: int, world_size: int, say: Callable[[str], Any]):
+        torch.set_num_threads(plan.threads)
+        self.plan, self.settings, self.rank, self.world_size = plan, plan.settings, rank, world_size
+        self.say = say if rank == 0 else lambda line: None
+        self.started = time.time()
+        self.prepared = Prepared.open(plan.prepared_uri)
+        self.parts = Parts(self.prepared.sequences(), self.settings)
+        self.num_items = self.prepared.num_items
+        self.event_weights = [self.prepared.manifest["event_types"].get(name, {}).get("weight", 1.0) for name in self.prepared.events]
+        self.rng = np.random.default_rng(self.settings.seed)
+        self.state: dict[str, Any] = {"stage": "fit"}
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                self.state = torch.load(os.path.join(folder, STATE), weights_only=True)
+            self.say(f"continuing from a checkpoint in stage {self.state['stage']}")
+
+    def run(self) -> None:
+        """All stages that are left."""
+        if self.state["stage"] == "fit":
+            self._fit()
+        if self.state["stage"] == "rank":
+            self._rank()
+        if self.state["stage"] == "refit":
+            self._refit("refit", self.parts.train, "choose")
+        if self.state["stage"] == "choose":
+            self._choose()
+
+    def _fit(self) -> None:
+        encoder = self._new_encoder()
+        counts = np.bincount(self.parts.fit.items, minlength=self.num_items)
+        positions = self._sample(self.parts.choice if self.parts.has_validation else self.parts.heldout, MAX_VALIDATION_QUERIES)
+        queries = self.parts.all.queries_before(positions, max_events=MAX_HISTORY)
+        targets = self.parts.all.items[positions]
+
+        def validate(candidate: InterestEncoder) -> float:
+            return ndcg_at_10(lambda rows: InterestRetriever.from_encoder(candidate, counts).scores(queries[rows]), queries, targets)
+
+        budget = self._share(0.6)
+        self.say(f"encoder: fitting {len(self.parts.fit.items):,} events of {len(self.parts.fit):,} users, {self.num_items:,} items")
+        result = self._train(encoder, self.parts.fit, "fit", deadline=budget, validate=validate)
+        self.say(f"encoder: best ndcg@10 on validation {result.best_validation or 0:.4f} in epoch {result.best_epoch}")
+        self.state = {"stage": "rank", "encoder": encoder.state_dict(), "fit_report": _report(result)}
+        self._save()
+
+    def _rank(self) -> None:
+        self.state["ranker"] = None
+        if self.rank == 0 and len(self.parts.heldout):
+            pipeline = self._pipeline(self._sources(self.parts.fit, self._encoder(), content_for="fit"))
+            positions = self._sample(self.parts.heldout, self.settings.max_ranker_queries)
+            report = self._choose_fusion(pipeline, self._sample(positions, 1500))
+            ranker, figures = self._train_ranker(pipeline, positions)
+            arrays, meta = ranker.to_arrays()
+            tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+            self.state["ranker"] = {
+                "arrays": tensors,
+                "meta": json.dumps(meta),
+                "report": json.dumps({**figures, "fusion": report["fused"]}),
+            }
+            auc = "" if figures["auc"] is None else f", AUC {figures['auc']:.3f}"
+            self.say(f"ranker: {figures['queries']:,} held-out positions, target retrieved in {figures['recall']:.0%}{auc}")
+        self.state["stage"] = "refit"
+        self._save()
+
+    def _refit(self, stage: str, sequences: Sequences, following: str) -> None:
+        if self.settings.refit_epochs > 0:
+            encoder = self._encoder()
+            self.say(f"encoder: {stage} on {len(sequences.items):,} events")
+            epochs = self.settings.refit_epochs
+            schedule = dataclasses.replace(
+                self.settings.encoder, epochs=epochs, lr=self.settings.encoder.lr * self.settings.refit_lr_factor
+            )
+            self._train(encoder, sequences, stage, schedule=schedule, deadline=self._share(0.7))
+            self.state["encoder"] = encoder.state_dict()
+        self.state["stage"] = following
+        for key in ("epoch_state", "epoch_stage"):
+            self.state.pop(key, None)
+        self._save()
+
+    def _choose(self) -> None:
+        folder = tempfile.mkdtemp(prefix="raysys-parts-")
+        if self.rank == 0:
+            learnt_from = self.parts.train if self.parts.has_validation else self.parts.fit
+            pipeline = self._pipeline(self._sources(learnt_from, self._encoder(), content_for="train"))
+            report = self._choose_fusion(pipeline, self._sample(self.parts.choice, max(200, MAX_CHOICE_SCORES // self.num_items)))
+            ranker_report: dict = {}
+            weight, by_weight = 0.0, {}
+            if self.state["ranker"] is not None:
+                ranker_report = json.loads(self.state["ranker"]["report"])
+                pipeline.ranker = self._load_ranker()
+                weight, by_weight = self._choose_ranker_weight(pipeline)
+            self.say(
+                f"fusion: {', '.join(f'{name} {share:.2f}' for name, share in pipeline.fusion.weights.items())}; ranker weight {weight:g}"
+            )
+            validation = {**report["alone"], "fused": report["fused"]}
+            if by_weight:
+                validation["final"] = by_weight[weight]
+            models = dict(pipeline.bundle.models)
+            if pipeline.ranker is not None:
+                models["ranker"] = pipeline.ranker
+            self._write_parts(folder, models, pipeline.fusion, weight, validation, report, ranker_report, by_weight)
+        if self.plan.fit == "train+valid":
+            self._final_refit(folder)
+        ray.train.report({"stage": "done"}, checkpoint=ray.train.Checkpoint.from_directory(folder) if self.rank == 0 else None)
+
+    def _final_refit(self, folder: str) -> None:
+        """Sources once more on training and validation part, with everything chosen left as it is."""
+        both = self.parts.all.upto("valid")
+        both = both.where(both.items != UNKNOWN_ITEM)
+        encoder = self._encoder()
+        schedule = dataclasses.replace(
+            self.settings.encoder,
+            epochs=max(1, self.settings.refit_epochs // 2),
+            lr=self.settings.encoder.lr * self.settings.refit_lr_factor,
+        )
+        self._train(encoder, both, "train+valid", schedule=schedule, report=False)
+        if self.rank == 0:
+            parts = storage.read_json(os.path.join(folder, PARTS))
+            for name, model in self._sources(both, encoder, content_for="train").items():
+                arrays, parts["metas"][name] = model.to_arrays()
+                storage.write_bytes(os.path.join(folder, f"{name}.safetensors"), _tensor_bytes(arrays))
+            storage.write_json(os.path.join(folder, PARTS), parts)
+
+    def _write_parts(
+        self,
+        folder: str,
+        models: dict,
+        fusion: Fusion,
+        weight: float,
+        validation: dict,
+        report: dict,
+        ranker_report: dict,
+        by_weight: dict[float, float],
+    ) -> None:
+        metas = {}
+        for name, model in models.items():
+            arrays, metas[name] = model.to_arrays()
+            storage.write_bytes(os.path.join(folder, f"{name}.safetensors"), _tensor_bytes(arrays))
+        torch.save(self.state, os.path.join(folder, STATE))
+        parts = {
+            "metas": metas,
+            "fusion": {"mixture": fusion.to_dict(), "ranker_weight": weight},
+            "metrics": {
+                "validation": validation,
+                "left_out": report["left_out"],
+                "ranker": {key: value for key, value in ranker_report.items() if key != "fusion"},
+                "ranker_weights": {str(key): value for key, value in by_weight.items()},
+                "encoder": self.state["fit_report"],
+            },
+            "leakage": {
+                "retrieval_for_ranker": "fit: training part minus each user's last positions",
+                "ranker_learns_on": f"{len(self.parts.heldout)} held-out training positions",
+                "chosen_on": "validation part" if self.parts.has_validation else "held-out training positions of every other user",
+                "retrieval_served": "refit: " + ("training part" if self.plan.fit == "train" else "training and validation part"),
+            },
+        }
+        storage.write_json(os.path.join(folder, PARTS), parts)
+
+    def _new_encoder(self) -> InterestEncoder:
+        torch.manual_seed(self.settings.seed)  # the same start on every rank
+        return InterestEncoder(self.num_items, len(self.prepared.events), self.settings.interest)
+
+    def _encoder(self) -> InterestEncoder:
+        encoder = self._new_encoder()
+        encoder.load_state_dict(self.state["encoder"])
+        return encoder.eval()
+
+    def _train(
+        self,
+        encoder: InterestEncoder,
+        sequences: Sequences,
+        stage: str,
+        *,
+        schedule: Any = None,
+        deadline: float | None = None,
+        validate: Callable | None = None,
+        report: bool = True,
+    ) -> TrainResult:
+        resume = self.state.get("epoch_state") if self.state.get("epoch_stage") == stage else None
+
+        def on_epoch(state: dict) -> None:
+            last = state["history"][-1]
+            figure = "" if last["validation"] is None else f", ndcg@10 {last['validation']:.4f}"
+            self.say(f"encoder: {stage} epoch {last['epoch']}, loss {last['loss']:.4f}{figure}, {last['seconds']:.1f} s")
+            if report:
+                self.state["epoch_state"], self.state["epoch_stage"] = state, stage
+                self._save({"loss": last["loss"], "epoch": last["epoch"]})
+
+        result = train_encoder(
+            encoder,
+            sequences,
+            schedule or self.settings.encoder,
+            seed=self.settings.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+            wrap=ray.train.torch.prepare_model if self.world_size > 1 else None,
+            device=ray.train.torch.get_device(),
+            on_epoch=on_epoch,
+            resume=resume,
+            deadline=deadline,
+            validate=validate,
+        )
+        encoder.cpu()
+        return result
+
+    def _sources(self, sequences: Sequences, encoder: InterestEncoder, *, content_for: str) -> dict[str, Any]:
+        """Every configured source, fitted on the given events and nothing else."""
+        ordinal, wanted, settings = self.prepared.ordinal_time, self.settings.sources, self.settings
+        counts = np.bincount(sequences.items, minlength=self.num_items)
+        models: dict[str, Any] = {}
+        if "interest" in wanted:
+            models["interest"] = InterestRetriever.from_encoder(encoder, counts)
+        if "covisit" in wanted:
+            models["covisit"] = Covisitation.fit(
+                sequences, self.num_items, settings.covisit, event_weights=self.event_weights, ordinal_time=ordinal
+            )
+        if "content" in wanted and (vectors := self._text_vectors()) is not None:
+            models["content"] = ContentNeighbours.fit(vectors, settings.content)
+        # Popularity is always there: it answers where nothing else can.
+        models["popularity"] = Popularity.fit(
+            sequences, self.num_items, settings.popularity, event_weights=self.event_weights, ordinal_time=ordinal
+        )
+        if "dot_product" in wanted:
+            models["dot_product"] = DotProduct.fit(sequences, self.num_items, settings.dot_product, seed=settings.seed)
+        return models
+
+    def _text_vectors(self) -> np.ndarray | None:
+        if not hasattr(self, "_vectors"):
+            items = self.prepared.items()
+            blank = [None] * items.num_rows
+            columns = [items[name].to_pylist() if name in items.column_names else blank for name in ("title", "text", "categories")]
+            texts = [item_text(*row) for row in zip(*columns, strict=True)]
+            self._vectors = TextEncoder().encode(texts) if any(texts) else None
+        return self._vectors
+
+    def _pipeline(self, models: dict[str, Any]) -> Pipeline:
+        even = {name: 1.0 for name in models}
+        fusion = {"mixture": Fusion.of(even, even).to_dict(), "ranker_weight": 0.0}
+        nobody = Histories.build(self.parts.all.where(np.zeros(len(self.parts.all.items), bool)), [], max_events=1)
+        return Pipeline(Bundle(self.prepared.items(), models, fusion, nobody), num_candidates=self.settings.num_candidates)
+
+    def _choose_fusion(self, pipeline: Pipeline, positions: np.ndarray) -> dict:
+        queries = self.parts.all.queries_before(positions, max_events=MAX_HISTORY)
+        targets = self.parts.all.items[positions].astype(np.int64)
+        models = pipeline.bundle.models
+        scorers = {name: (lambda rows, model=model: model.scores(queries[rows])) for name, model in models.items()}
+        fusion, report = choose_fusion(scorers, targets, lambda rows: seen_mask(queries[rows], self.num_items))
+        pipeline.use(fusion)
+        return report
+
+    def _train_ranker(self, pipeline: Pipeline, positions: np.ndarray) -> tuple[Any, dict]:
+        sequences = self.parts.all
+        queries = sequences.queries_before(positions, max_events=MAX_HISTORY)
+        targets = sequences.items[positions].astype(np.int64)
+        kept, singles = [], []
+        for rows in _chunks(len(positions), 256):
+            query = queries[rows]
+            log_probs = pipeline.source_log_probs(query)
+            retrieved = pipeline.retrieve(query, allowed=seen_mask(query, self.num_items), log_probs=log_probs)
+            kept.append(retrieved.candidates)
+            singles.append(pipeline.candidates_of(query, targets[rows][:, None], log_probs=log_probs))
+        positive = sequences.positive[positions]
+        logged = Logged(_concatenate(singles), positive) if positive.any() and not positive.all() else None
+        models = pipeline.bundle.models
+        vectors = models["interest"].item_vectors if "interest" in models else models["dot_product"].item_vectors
+        return train_ranker(
+            queries,
+            _concatenate(kept),
+            targets,
+            logged,
+            item_vectors=vectors,
+            content_vectors=models["content"].item_vectors if "content" in models else None,
+            item_counts=np.bincount(self.parts.fit.items, minlength=self.num_items),
+            config=self.settings.ranker,
+            seed=self.settings.seed,
+        )
+
+    def _load_ranker(self) -> Any:
+        from raysys.bundle import load_model
+
+        saved = self.state["ranker"]
+        return load_model("ranker", {name: tensor.numpy() for name, tensor in saved["arrays"].items()}, json.loads(saved["meta"]))
+
+    def _choose_ranker_weight(self, pipeline: Pipeline) -> tuple[float, dict[float, float]]:
+        """The ranker's weight in the final score, 0 where it does not help on validation."""
+        positions = self._sample(self.parts.choice, 4000)
+        queries = self.parts.all.queries_before(positions, max_events=MAX_HISTORY)
+        targets = self.parts.all.items[positions]
+        gains: dict[float, list[np.ndarray]] = {weight: [] for weight in RANKER_WEIGHTS}
+        for rows in _chunks(len(positions), 256):
+            query = queries[rows]
+            candidates = pipeline.retrieve(query, allowed=seen_mask(query, self.num_items)).candidates
+            logits, _ = pipeline.ranker.score(query, candidates)
+            hit = candidates.items == targets[rows][:, None]
+            for weight in RANKER_WEIGHTS:
+                scores = mix_scores(candidates.fused, logits, weight)
+                of_target = np.where(hit, scores, -np.inf).max(axis=1, keepdims=True)
+                ranks = (scores > of_target).sum(axis=1)
+                gains[weight].append(np.where(hit.any(axis=1) & (ranks < 10), 1 / np.log2(ranks + 2.0), 0.0))
+        means = {weight: float(np.concatenate(values).mean()) for weight, values in gains.items()}
+        best = max(means, key=lambda weight: means[weight])
+        # A gain that is within half a standard error of nothing is nothing.
+        difference = np.concatenate(gains[best]) - np.concatenate(gains[0.0])
+        if difference.mean() <= 0.5 * difference.std() / np.sqrt(len(difference)):
+            best = 0.0
+        return best, means
+
+    def _sample(self, positions: np.ndarray, count: int) -> np.ndarray:
+        if len(positions) <= count:
+            return positions
+        return np.sort(np.random.default_rng(self.settings.seed).choice(positions, count, replace=False))
+
+    def _share(self, share: float) -> float | None:
+        """The moment when a share of what is left of the time budget is used up."""
+        if self.plan.deadline is None:
+            return None
+        return time.time() + share * max(0.0, self.plan.deadline - time.time())
+
+    def _save(self, metrics: dict | None = None) -> None:
+        """Report to Ray Train; worker 0 brings the checkpoint."""
+        checkpoint, folder = None, None
+        if self.rank == 0:
+            folder = tempfile.mkdtemp(prefix="raysys-checkpoint-")
+            torch.save(self.state, os.path.join(folder, STATE))
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({"stage": self.state["stage"], **(metrics or {})}, checkpoint=checkpoint)
+        if folder is not None:
+            storage.remove(folder)
+
+
+def ndcg_at_10(scores: Callable[[slice], np.ndarray], queries: Queries, targets: np.ndarray, *, chunk: int = 512) -> float:
+    """Masked full-catalogue NDCG@10 of one target a query; unknown targets are misses."""
+    total = 0.0
+    for rows in _chunks(len(targets), chunk):
+        values, target = scores(rows), targets[rows]
+        mine = values[np.arange(len(target)), np.maximum(target, 0)]
+        values[queries[rows].rows, queries[rows].items] = -np.inf
+        ranks = (values > mine[:, None]).sum(axis=1)
+        total += float(np.where((target >= 0) & (ranks < 10), 1.0 / np.log2(ranks + 2.0), 0.0).sum())
+    return total / max(1, len(targets))
+
+
+def _chunks(count: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _concatenate(parts: list[Candidates]) -> Candidates:
+    return Candidates(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("items", "fused", "log_probs")), parts[0].sources
+    )
+
+
+def _tensor_bytes(arrays: dict[str, np.ndarray]) -> bytes:
+    return save_arrays({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+
+def _report(result: TrainResult) -> dict:
+    return {"best_epoch": result.best_epoch, "best_validation": result.best_validation, "epochs": len(result.history)}
