@@ -19,7 +19,7 @@ import numpy as np
 from raysys.bundle import Bundle
 from raysys.errors import ConfigError, SchemaError
 from raysys.evaluate import metrics
-from raysys.models.base import Candidates, top_k
+from raysys.models.base import top_k
 from raysys.pipeline import Pipeline, Retrieved, seen_mask
 from raysys.prepare.dataset import Prepared, Sequences
 from raysys.queries import Queries
