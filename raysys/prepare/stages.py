@@ -11,7 +11,8 @@ What is done to rows stands in rows.py and sequences.py; here is only where it r
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import numpy as np
 import polars as pl
@@ -129,9 +130,8 @@ def time_cuts(ordered: ray.data.Dataset, valid_fraction: float, test_fraction: f
         return pa.table({"bin": bins, "count": counts})
 
     total = np.zeros(HISTOGRAM_BINS + 1, np.int64)
-    for batch in _map(ordered, histogram).iter_batches(batch_format="pyarrow", batch_size=None):
-        if batch.num_rows:
-            np.add.at(total, batch["bin"].to_numpy(), batch["count"].to_numpy())
+    for batch in _tables(_map(ordered, histogram)):
+        np.add.at(total, batch["bin"].to_numpy(), batch["count"].to_numpy())
     before = np.concatenate([[0], np.cumsum(total)])
     shares = (1 - valid_fraction - test_fraction, 1 - test_fraction)
     bins = [int(np.searchsorted(before, share * before[-1], side="right")) - 1 for share in shares]
@@ -152,7 +152,7 @@ def count(ordered: ray.data.Dataset, rule: SplitRule, event_types: dict[str, Eve
             flat, positive.to_numpy(), duplicates=int(np.sum(table[DUPLICATES].to_numpy())), interactions=len(_times(table))
         )
 
-    return sum_stats(_map(ordered, stats).iter_batches(batch_format="pyarrow", batch_size=None))
+    return sum_stats(_tables(_map(ordered, stats)))
 
 
 def encode_and_write(ordered: ray.data.Dataset, rule: SplitRule, vocabulary: Vocabulary, work: str) -> dict:
@@ -185,7 +185,14 @@ def encode_and_write(ordered: ray.data.Dataset, rule: SplitRule, vocabulary: Voc
     return total
 
 
-def _map(dataset: ray.data.Dataset, function) -> ray.data.Dataset:
+def _tables(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
+    for batch in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
+        table = cast(pa.Table, batch)
+        if table.num_rows:
+            yield table
+
+
+def _map(dataset: ray.data.Dataset, function: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
     def on_rows(table: pa.Table) -> pa.Table:
         # A partition without users has no columns.
         return function(table) if table.num_rows else pa.table({})
