@@ -140,6 +140,9 @@ def _open_interactions(base: str, rank: int, uri: str) -> SourceFile:
     for column in USED_COLUMNS:
         if column in columns:
             check_type(column, header.schema.field(columns[column]).type, name)
+    unused = sorted(set(columns) - set(USED_COLUMNS))
+    if unused:
+        notes.append(f"columns not used: {', '.join(unused)}")
     rated = EVENT not in columns and plain_name(columns.get(VALUE, "")) == "rating"
     if rated:
         notes.append("events without a name but with a 'rating' are of type 'rating'")

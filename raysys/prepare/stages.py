@@ -41,6 +41,7 @@ from raysys.prepare.vocabulary import Stats, partition_stats, sum_stats
 from raysys.schema import SPLIT_CODES, UNKNOWN_ITEM, USER_ID, EventType
 
 HISTOGRAM_BINS = 1 << 20
+SECOND_US = 1_000_000
 CSV_BYTES_PER_ROW = 30
 
 
@@ -110,20 +111,21 @@ def _concat(tables: list[pa.Table]) -> pa.Table:
 def time_cuts(ordered: ray.data.Dataset, valid_fraction: float, test_fraction: float) -> tuple[int, int]:
     """Global times from which validation and test begin.
 
-    The cuts are the borders of 2**20 equal bins between the first and the last event
-    that come nearest to the wanted shares from below, so at most one bin of events is misplaced.
+    The cuts are borders of 2**20 equal bins (whole seconds) between the first and the last
+    event, those nearest to the wanted shares from below, so at most one bin of events is misplaced.
 
     Returns:
-        (valid_from, test_from) in the unit of `time`; a part starts at its time, inclusive.
+        (valid_from, test_from) in UTC epoch microseconds; a part starts at its time, inclusive.
     """
 
     def limits(table: pa.Table) -> pa.Table:
         times = _times(table)
-        return pa.table({"low": times[:0] if not len(times) else [times.min()], "high": times[:0] if not len(times) else [times.max()]})
+        return pa.table({"low": [times.min()], "high": [times.max()]})
 
-    ends = [row for row in _map(ordered, limits).take_all()]
+    ends = _map(ordered, limits).take_all()
     low, high = min(row["low"] for row in ends), max(row["high"] for row in ends)
-    width = max(1, -(-(high - low + 1) // HISTOGRAM_BINS))
+    low -= low % SECOND_US
+    width = -(-(high - low + 1) // (HISTOGRAM_BINS * SECOND_US)) * SECOND_US
 
     def histogram(table: pa.Table) -> pa.Table:
         bins, counts = np.unique((_times(table) - low) // width, return_counts=True)
@@ -139,7 +141,7 @@ def time_cuts(ordered: ray.data.Dataset, valid_fraction: float, test_fraction: f
 
 
 def _times(table: pa.Table) -> np.ndarray:
-    return table["time"].combine_chunks().flatten().to_numpy() if table.num_rows else np.empty(0, np.int64)
+    return table["time"].combine_chunks().flatten().to_numpy()
 
 
 def count(ordered: ray.data.Dataset, rule: SplitRule, event_types: dict[str, EventType]) -> Stats:
