@@ -45,7 +45,8 @@ def generate(writer: ContractWriter, *, users: int, items: int, events: int, see
         ConfigError: a size is too small or the seed negative.
     """
     if users < 1 or items < 2 or events < users or seed < 0:
-        raise ConfigError(f"import synthetic: expected users >= 1, items >= 2, events >= users, seed >= 0; got {users}, {items}, {events}, {seed}")
+        got = f"{users}, {items}, {events}, {seed}"
+        raise ConfigError(f"import synthetic: expected users >= 1, items >= 2, events >= users, seed >= 0; got {got}")
     clusters = max(2, min(50, round(math.sqrt(items) / 2)))
     cluster = np.arange(items) % clusters
     weight = 1.0 / (1 + np.arange(items) // clusters) ** ZIPF

@@ -2,7 +2,7 @@ from datetime import UTC, date, datetime
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysys.prepare.times import parse_times
@@ -68,6 +68,7 @@ def test_ordinals_are_whole_numbers_kept_as_they_are():
     assert parse_times(pl.Series([MOMENT]), ordinal=True)["time"].to_list() == [None]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(min_value=631_152_000, max_value=4_000_000_000), min_size=1, max_size=20), st.data())
 def test_a_value_is_read_alike_whatever_stands_beside_it(seconds, data):
     column = [data.draw(st.sampled_from([value, value * 1000, value * 1_000_000])) for value in seconds]
