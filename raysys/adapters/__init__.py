@@ -31,7 +31,10 @@ def import_dataset(
         kind: one of KINDS.
         src: file or folder of the source; None for "synthetic".
         out: folder to write; an earlier import there is replaced, anything else is refused.
-        users, items, events, seed: size and seed of "synthetic"; without effect on the others.
+        users: number of users of "synthetic"; like the next three without effect on other kinds.
+        items: number of items.
+        events: number of events.
+        seed: random seed.
 
     Returns:
         Summary: `kind`, `out`, rows and columns per table, `time` and `notes`.

@@ -65,7 +65,7 @@ def read_atomic(uri: str) -> tuple[pl.DataFrame, dict[str, str]]:
 def read_attributes(uri: str, id_column: str) -> pl.DataFrame:
     """An item or user file: floats as numbers, token sequences as lists, whole-number columns as integers.
 
-    Titles stay text. `class`, `genre` and the like become `categories`.
+    Years are numbers, null where they are none. Titles stay text. `class`, `genre` and the like become `categories`.
 
     Raises:
         SchemaError: the id column is missing or a number cannot be read.
@@ -89,6 +89,8 @@ def read_attributes(uri: str, id_column: str) -> pl.DataFrame:
         else:
             whole = text.cast(pl.Int64, strict=False)
             leading_zero = text.str.contains(r"^[+-]?0\d").any()
-            columns.append(whole if whole.null_count() == text.null_count() and not leading_zero else text)
+            # ML-100k's release_year is a number in all rows but two ("V", "unkonwn"); as text no range filter could use it.
+            number = not leading_zero and ("year" in name or whole.null_count() == text.null_count())
+            columns.append(whole if number else text)
         columns[-1] = columns[-1].alias(meant)
     return pl.DataFrame(columns)

@@ -227,11 +227,12 @@ def _is_nan(column: pl.Series) -> pl.Series:
 
 
 def _raw_rows(raw: pl.DataFrame, frame: pl.DataFrame, file: SourceFile) -> pl.DataFrame:
-    columns = {
-        name: raw[name].cast(pl.String, strict=False) if name in raw.columns else pl.lit(None, pl.String) for name in USED_COLUMNS[:5]
-    }
-    origin = {"file": pl.lit(file.name), "row": frame[SOURCE] - (file.rank << ROW_BITS), "reason": frame["reason"]}
-    return raw.select(**origin, **columns, line=pl.lit(None, pl.String))
+    columns = [
+        (raw[name].cast(pl.String, strict=False) if name in raw.columns else pl.lit(None, pl.String)).alias(name)
+        for name in USED_COLUMNS[:5]
+    ]
+    row = (frame[SOURCE] - (file.rank << ROW_BITS)).alias("row")
+    return raw.select(pl.lit(file.name).alias("file"), row, frame["reason"], *columns, pl.lit(None, pl.String).alias("line"))
 
 
 def _quarantine(bad: pl.DataFrame, chunk: Chunk, row: int, rules: RowRules) -> None:

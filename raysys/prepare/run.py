@@ -85,7 +85,10 @@ def prepare(
     no_weight = tuple(name for name, kind in event_types.items() if kind.weight == 0)
     with working_folder(out) as work, stages.quiet_ray_data():
         rules = RowRules(ordinal, *config.plausible_us(started), no_weight, work)
-        ordered = stages.read_and_order(plan_chunks(files), rules, stages.num_partitions(files, config))
+        chunks = plan_chunks(files)
+        if not chunks:
+            raise SchemaError(f"{data}: expected at least one interaction, found {len(files)} Parquet files without rows")
+        ordered = stages.read_and_order(chunks, rules, stages.num_partitions(files, config))
         facts = read_reports(work)
         storage.remove(storage.join(work, REPORTS))
         quarantine = {**dict(sorted(facts["quarantine"].items())), **items.quarantine, **users.quarantine}
@@ -141,7 +144,7 @@ def prepare(
             "watermark": stats.watermark if ordinal else stats.watermark // 1_000_000,
         }
         if split == "time":
-            manifest["cuts"] = {"valid_from": cuts[0] / 1e6, "test_from": cuts[1] / 1e6}
+            manifest["cuts"] = {"valid_from": cuts[0] // 1_000_000, "test_from": cuts[1] // 1_000_000}
         manifest["fingerprint"] = content_fingerprint(work, written["sums"], manifest)
         manifest["stages"] = report.stages
         manifest["files"] = [name for name in storage.list_files(work)]

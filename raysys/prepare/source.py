@@ -140,7 +140,10 @@ def _open_interactions(base: str, rank: int, uri: str) -> SourceFile:
     for column in USED_COLUMNS:
         if column in columns:
             check_type(column, header.schema.field(columns[column]).type, name)
-    rated = EVENT not in columns and plain_name(columns.get(VALUE, "")) == "rating"
+    unused = sorted(set(columns) - set(USED_COLUMNS))
+    if unused:
+        notes.append(f"columns not used: {', '.join(unused)}")
+    rated = EVENT not in columns and plain_name(columns.get(VALUE, "")).lower() == "rating"
     if rated:
         notes.append("events without a name but with a 'rating' are of type 'rating'")
     return SourceFile(
@@ -218,14 +221,14 @@ def csv_options(header: tuple[str, ...], delimiter: str, *, newlines_in_values: 
 
 
 def plain_name(column: str) -> str:
-    """A column name without RecBole's `:type` suffix, lower case."""
-    return re.sub(r":(token|token_seq|float|float_seq)$", "", column.strip()).lower()
+    """A column name without RecBole's `:type` suffix."""
+    return re.sub(r":(token|token_seq|float|float_seq)$", "", column.strip())
 
 
 def map_columns(header: list[str], name: str, aliases: dict[str, str], known: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
     """Contract name -> name in the file, and a note for every name that was understood as another.
 
-    Columns that are no alias keep their plain name.
+    Known names and aliases are told regardless of case; other columns keep their plain name.
 
     Raises:
         SchemaError: two columns mean the same.
@@ -235,7 +238,8 @@ def map_columns(header: list[str], name: str, aliases: dict[str, str], known: tu
     exact = {column for column in header if column in known}
     for column in header:
         plain = column if column in exact else plain_name(column)
-        meant = plain if plain in known else aliases.get(plain, plain)
+        lower = plain.lower()
+        meant = lower if lower in known else aliases.get(lower, plain)
         if column not in exact and meant in exact:
             continue
         if meant in columns:

@@ -11,7 +11,8 @@ What is done to rows stands in rows.py and sequences.py; here is only where it r
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import numpy as np
 import polars as pl
@@ -40,6 +41,7 @@ from raysys.prepare.vocabulary import Stats, partition_stats, sum_stats
 from raysys.schema import SPLIT_CODES, UNKNOWN_ITEM, USER_ID, EventType
 
 HISTOGRAM_BINS = 1 << 20
+SECOND_US = 1_000_000
 CSV_BYTES_PER_ROW = 30
 
 
@@ -109,29 +111,29 @@ def _concat(tables: list[pa.Table]) -> pa.Table:
 def time_cuts(ordered: ray.data.Dataset, valid_fraction: float, test_fraction: float) -> tuple[int, int]:
     """Global times from which validation and test begin.
 
-    The cuts are the borders of 2**20 equal bins between the first and the last event
-    that come nearest to the wanted shares from below, so at most one bin of events is misplaced.
+    The cuts are borders of 2**20 equal bins (whole seconds) between the first and the last
+    event, those nearest to the wanted shares from below, so at most one bin of events is misplaced.
 
     Returns:
-        (valid_from, test_from) in the unit of `time`; a part starts at its time, inclusive.
+        (valid_from, test_from) in UTC epoch microseconds; a part starts at its time, inclusive.
     """
 
     def limits(table: pa.Table) -> pa.Table:
         times = _times(table)
-        return pa.table({"low": times[:0] if not len(times) else [times.min()], "high": times[:0] if not len(times) else [times.max()]})
+        return pa.table({"low": [times.min()], "high": [times.max()]})
 
-    ends = [row for row in _map(ordered, limits).take_all()]
+    ends = _map(ordered, limits).take_all()
     low, high = min(row["low"] for row in ends), max(row["high"] for row in ends)
-    width = max(1, -(-(high - low + 1) // HISTOGRAM_BINS))
+    low -= low % SECOND_US
+    width = -(-(high - low + 1) // (HISTOGRAM_BINS * SECOND_US)) * SECOND_US
 
     def histogram(table: pa.Table) -> pa.Table:
         bins, counts = np.unique((_times(table) - low) // width, return_counts=True)
         return pa.table({"bin": bins, "count": counts})
 
     total = np.zeros(HISTOGRAM_BINS + 1, np.int64)
-    for batch in _map(ordered, histogram).iter_batches(batch_format="pyarrow", batch_size=None):
-        if batch.num_rows:
-            np.add.at(total, batch["bin"].to_numpy(), batch["count"].to_numpy())
+    for batch in _tables(_map(ordered, histogram)):
+        np.add.at(total, batch["bin"].to_numpy(), batch["count"].to_numpy())
     before = np.concatenate([[0], np.cumsum(total)])
     shares = (1 - valid_fraction - test_fraction, 1 - test_fraction)
     bins = [int(np.searchsorted(before, share * before[-1], side="right")) - 1 for share in shares]
@@ -139,7 +141,7 @@ def time_cuts(ordered: ray.data.Dataset, valid_fraction: float, test_fraction: f
 
 
 def _times(table: pa.Table) -> np.ndarray:
-    return table["time"].combine_chunks().flatten().to_numpy() if table.num_rows else np.empty(0, np.int64)
+    return table["time"].combine_chunks().flatten().to_numpy()
 
 
 def count(ordered: ray.data.Dataset, rule: SplitRule, event_types: dict[str, EventType]) -> Stats:
@@ -152,7 +154,7 @@ def count(ordered: ray.data.Dataset, rule: SplitRule, event_types: dict[str, Eve
             flat, positive.to_numpy(), duplicates=int(np.sum(table[DUPLICATES].to_numpy())), interactions=len(_times(table))
         )
 
-    return sum_stats(_map(ordered, stats).iter_batches(batch_format="pyarrow", batch_size=None))
+    return sum_stats(_tables(_map(ordered, stats)))
 
 
 def encode_and_write(ordered: ray.data.Dataset, rule: SplitRule, vocabulary: Vocabulary, work: str) -> dict:
@@ -185,7 +187,14 @@ def encode_and_write(ordered: ray.data.Dataset, rule: SplitRule, vocabulary: Voc
     return total
 
 
-def _map(dataset: ray.data.Dataset, function) -> ray.data.Dataset:
+def _tables(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
+    for batch in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
+        table = cast(pa.Table, batch)
+        if table.num_rows:
+            yield table
+
+
+def _map(dataset: ray.data.Dataset, function: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
     def on_rows(table: pa.Table) -> pa.Table:
         # A partition without users has no columns.
         return function(table) if table.num_rows else pa.table({})

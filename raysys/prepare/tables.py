@@ -129,12 +129,12 @@ def _is_embedding(column: str, kind: pa.DataType, name: str) -> bool:
 
 
 def _normalise_items(frame: pl.DataFrame, name: str, table: AttributeTable) -> pl.DataFrame:
-    changes = {}
-    for column in ("title", "text"):
-        if column in frame.columns:
-            if frame[column].dtype.is_nested() or frame[column].dtype == pl.Binary:
-                raise SchemaError(f"{name}: column {column!r}: expected text, found {frame[column].dtype}")
-            changes[column] = frame[column].cast(pl.String)
+    changes: dict[str, pl.Series] = {}
+    for text in ("title", "text"):
+        if text in frame.columns:
+            if frame[text].dtype.is_nested() or frame[text].dtype == pl.Binary:
+                raise SchemaError(f"{name}: column {text!r}: expected text, found {frame[text].dtype}")
+            changes[text] = frame[text].cast(pl.String)
     if "categories" in frame.columns:
         changes["categories"] = _categories(frame["categories"], name)
     if "available" in frame.columns:
