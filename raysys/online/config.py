@@ -23,6 +23,8 @@ class OnlineConfig:
     """Sequences a step."""
     lr: float = 2e-4
     """Peak learning rate of the fine-tuning, about a tenth of the training's."""
+    threads: int = 1
+    """Torch threads of a round; the learner mostly shares its machine with the service."""
     margin: float = 0.02
     """NDCG@10 that an update may lose against the serving version, on either slice, before it is refused."""
     max_evaluated: int = 2000
@@ -33,6 +35,6 @@ class OnlineConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.holdout_share < 1:
             raise ValueError(f"holdout_share: expected a share in [0, 1), got {self.holdout_share}")
-        for name in ("min_events", "max_events", "batch_size", "max_evaluated"):
+        for name in ("min_events", "max_events", "batch_size", "threads", "max_evaluated"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

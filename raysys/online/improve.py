@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from raysys.bundle import Bundle
 from raysys.evaluate import metrics
@@ -54,6 +55,15 @@ def improve(bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> Im
         config: settings.
         seed: of samples and dropout; the same seed and events give the same models.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        return _improve(bundle, fresh, config, seed)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _improve(bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> Improvement:
     rng = np.random.default_rng([config.seed, seed])
     sequences, arrival = fresh.sequences, fresh.arrival
     away = [*fresh.keys, *fresh.erased]

@@ -205,7 +205,7 @@ def _only_one(state: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StateError(f"{folder}: expected no other learner, but one holds {LOCK}; stop it first") from None
+            raise StateError(f"{folder}: expected to be alone, but another learner holds {LOCK}; stop it first") from None
         yield
 
 
