@@ -3,14 +3,11 @@
 It runs the code that serves (`pipeline.py`), so the `final` figures are a
 statement about live answers; an item that retrieval missed is a miss of the
 final ranking too. Histories are what came before the target, nothing else.
-
-Legend: B queries of a batch, Q of all batches, N items, K candidates, S sources.
 """
 
 import dataclasses
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,10 +16,14 @@ import numpy as np
 from raysys.bundle import Bundle
 from raysys.errors import ConfigError, SchemaError
 from raysys.evaluate import metrics
+<<<<<<< HEAD
 from raysys.models.base import top_k
 from raysys.pipeline import Pipeline, Retrieved, seen_mask
+=======
+from raysys.evaluate.stages import Stages
+from raysys.pipeline import Pipeline
+>>>>>>> 609d778517896ee63658aaf4b7a2401c4ba5b49b
 from raysys.prepare.dataset import Prepared, Sequences
-from raysys.queries import Queries
 from raysys.schema import NON_HISTORY_EVENTS, SPLIT_CODES, UNKNOWN_ITEM
 
 KS = (1, 5, 10, 20, 50, 100, 200)
@@ -32,6 +33,8 @@ MAX_HISTORY = 10_000
 """Events of a history that are looked at and masked; bounds a batch's memory."""
 MAX_BATCH_SCORES = 1 << 23
 """Scores of one source in a batch; a batch takes fewer queries where the catalogue is large."""
+MAX_SHOWN = 20_000
+"""Impressions and skips of the split that the ranker is measured on, sampled when there are more."""
 PROGRESS_S = 5.0
 
 
@@ -77,16 +80,23 @@ def evaluate(
     if split == "valid" and bundle.manifest.get("fit") == "train+valid":
         raise ConfigError(f"{model_uri} was fitted on train+valid, so its valid figures would be of seen data; evaluate it on test")
     sequences = matched_sequences(prepared, bundle)
-    positions = _targets(sequences, bundle, split, max_users, seed, prepared_uri)
+    shown_only = np.isin(sequences.events, [code for name, code in bundle.event_codes.items() if name in NON_HISTORY_EVENTS])
+    positions = _targets(sequences, ~shown_only, split, max_users, seed, prepared_uri)
+    shown = _sample(np.flatnonzero(shown_only & (sequences.split == SPLIT_CODES[split])), MAX_SHOWN, seed)
+    # Being shown an item is nothing the user did: such events are labels of the ranker, not history and not targets.
+    histories = dataclasses.replace(sequences, items=np.where(shown_only, np.int32(UNKNOWN_ITEM), sequences.items))
     stages = Stages(Pipeline(bundle), mask=mask, list_k=max(LIST_K, *k), seed=seed)
     batch_size = max(1, min(batch_size, MAX_BATCH_SCORES // stages.pipeline.num_items))
-    shown = started
+    told = started
     for first in range(0, len(positions), batch_size):
         batch = positions[first : first + batch_size]
-        stages.add(sequences.queries_before(batch, max_events=MAX_HISTORY), sequences.items[batch])
-        if time.monotonic() - shown > PROGRESS_S:
-            shown = time.monotonic()
+        stages.add(histories.queries_before(batch, max_events=MAX_HISTORY), sequences.items[batch])
+        if time.monotonic() - told > PROGRESS_S:
+            told = time.monotonic()
             print(f"      evaluated {first + len(batch):,} of {len(positions):,} targets", file=sys.stderr, flush=True)
+    for first in range(0, len(shown), batch_size):
+        batch = shown[first : first + batch_size]
+        stages.add_shown(histories.queries_before(batch, max_events=MAX_HISTORY), sequences.items[batch])
     users = sequences.rows[positions]
     ranks = {name: np.concatenate(parts) for name, parts in stages.ranks.items()}
 
@@ -106,7 +116,7 @@ def evaluate(
         "baselines": {title: sources[name] for title, name in (("popularity", "popularity"), ("item_knn", "covisit")) if name in sources},
         "final_minus_retrieval": metrics.mean_with_intervals(gain, users, resamples=bootstrap, seed=seed),
         "unmasked": {name.removeprefix("unmasked "): figures(name, 0) for name in ranks if name.startswith("unmasked ")},
-        "ranker": stages.ranker_figures(sequences.positive[positions]),
+        "ranker": stages.ranker_figures(sequences.positive[np.concatenate([positions, shown])]),
         "coverage": metrics.coverage(lists, len(popularity)),
         "novelty": metrics.novelty(lists, popularity),
         "popularity_bias": _popularity_bias(lists, stages.targets(), popularity),
@@ -130,99 +140,6 @@ def evaluate(
     }
 
 
-class Stages:
-    """Ranks of the targets at each stage, gathered batch by batch.
-
-    Attributes:
-        ranks: stage -> list of (B,) ranks; stages are "final", "retrieval", the sources, and "unmasked NAME" of each.
-        lists: (B, K) final lists of each batch.
-        repeated: targets that the user had seen before.
-        empty: queries without any history.
-    """
-
-    def __init__(self, pipeline: Pipeline, *, mask: bool, list_k: int, seed: int):
-        self.pipeline, self.mask, self.list_k = pipeline, mask, list_k
-        self.rng = np.random.default_rng(seed)
-        # Sources that fusion switched off are measured too: the table says why they were.
-        self.unused = {name: model for name, model in pipeline.bundle.models.items() if name != "ranker" and name not in pipeline.sources}
-        self.source_names = [*pipeline.sources, *self.unused]
-        self.ranks: dict[str, list[np.ndarray]] = defaultdict(list)
-        self.lists: list[np.ndarray] = []
-        self.repeated = self.empty = 0
-        self._targets: list[np.ndarray] = []
-        self._logged: list[np.ndarray] = []
-        self._candidates: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def targets(self) -> np.ndarray:
-        """(Q,) int32 item rows."""
-        return np.concatenate(self._targets)
-
-    def add(self, queries: Queries, targets: np.ndarray) -> None:
-        """Run all stages for one batch.
-
-        Args:
-            queries: B histories.
-            targets: (B,) int32 item rows, UNKNOWN_ITEM possible.
-        """
-        log_probs = self.pipeline.source_log_probs(queries)
-        unseen = seen_mask(queries, self.pipeline.num_items)
-        self.repeated += int((~unseen[np.arange(len(targets)), targets] & (targets != UNKNOWN_ITEM)).sum())
-        self.empty += int((queries.lengths == 0).sum())
-        self._targets.append(targets)
-        scores = {**log_probs, **{name: model.scores(queries) for name, model in self.unused.items()}}
-        for prefix, allowed in (("", unseen), ("unmasked ", None)) if self.mask else (("", None),):
-            for name, values in scores.items():
-                self.ranks[prefix + name].append(metrics.target_ranks(values, targets, allowed, self.rng))
-            retrieved = self.pipeline.retrieve(queries, allowed=allowed, log_probs=log_probs)
-            ranked, probabilities = self.pipeline.rank(queries, retrieved.candidates)
-            final = np.take_along_axis(retrieved.candidates.items, top_k(ranked, self.list_k), 1)
-            self.ranks[prefix + "retrieval"].append(metrics.list_ranks(retrieved.candidates.items, targets))
-            self.ranks[prefix + "final"].append(metrics.list_ranks(final, targets))
-            if not prefix:
-                self.lists.append(final)
-                self._keep_probabilities(queries, targets, log_probs, retrieved, probabilities)
-
-    def _keep_probabilities(
-        self, queries: Queries, targets: np.ndarray, log_probs: dict[str, np.ndarray], retrieved: Retrieved, probabilities: np.ndarray
-    ) -> None:
-        """Probabilities of the logged event and of all candidates; which of the two count is known at the end."""
-        known = targets != UNKNOWN_ITEM
-        columns = np.where(known, targets, 0)
-        event = self.pipeline.candidates_of(queries, columns[:, None], log_probs=log_probs)
-        self._logged.append(np.where(known, self.pipeline.rank(queries, event)[1][:, 0], np.nan))
-        items = retrieved.candidates.items
-        self._candidates.append((probabilities[items >= 0], (items == targets[:, None])[items >= 0]))
-
-    def ranker_figures(self, positive: np.ndarray) -> dict[str, Any]:
-        """AUC, log-loss and calibration of the ranker's probabilities; null where they cannot be had.
-
-        Args:
-            positive: (Q,) bool, whether each target is a positive event.
-        """
-        logged = np.concatenate(self._logged)
-        known = ~np.isnan(logged)
-        if known.any() and 0 < positive[known].sum() < known.sum():
-            probabilities, labels = logged[known], positive[known]
-            label, negatives = "positive event", "logged events that are not positive"
-        else:
-            probabilities, labels = (np.concatenate(parts) for parts in zip(*self._candidates, strict=True))
-            label, negatives = "held-out item", "the other retrieved candidates"
-        if not len(probabilities) or np.isnan(probabilities).any():
-            return {"auc": None, "logloss": None, "ece": None, "label": None, "negatives": None}
-        curve = metrics.reliability(probabilities, labels)
-        return {
-            "auc": metrics.auc(probabilities, labels),
-            "logloss": metrics.log_loss(probabilities, labels),
-            "ece": metrics.calibration_error(curve),
-            "label": label,
-            "negatives": negatives,
-            "examples": len(labels),
-            "base_rate": float(labels.mean()),
-            "logloss_of_base_rate": metrics.log_loss(np.full(len(labels), labels.mean()), labels),
-            "reliability": curve,
-        }
-
-
 def matched_sequences(prepared: Prepared, bundle: Bundle) -> Sequences:
     """The sequences in the bundle's item rows and event codes; a bundle may come from an older preparation.
 
@@ -242,19 +159,20 @@ def matched_sequences(prepared: Prepared, bundle: Bundle) -> Sequences:
     return dataclasses.replace(sequences, items=rows[sequences.items], events=codes[sequences.events])
 
 
-def _targets(sequences: Sequences, bundle: Bundle, split: str, max_users: int | None, seed: int, uri: str) -> np.ndarray:
+def _targets(sequences: Sequences, wanted: np.ndarray, split: str, max_users: int | None, seed: int, uri: str) -> np.ndarray:
     if split not in ("valid", "test"):
         raise ConfigError(f"split: expected 'test' or 'valid', got {split!r}")
-    shown_only = [code for name, code in bundle.event_codes.items() if name in NON_HISTORY_EVENTS]
-    wanted = (sequences.split == SPLIT_CODES[split]) & ~np.isin(sequences.events, shown_only)
-    positions = np.flatnonzero(wanted)
+    positions = np.flatnonzero(wanted & (sequences.split == SPLIT_CODES[split]))
     if not len(positions):
         raise SchemaError(f"{uri}: expected events in the {split} part, found none; prepare with --split leave-one-out or time")
-    users = np.unique(sequences.rows[positions])
-    if max_users is not None and max_users < len(users):
-        chosen = np.random.default_rng(seed).choice(users, max_users, replace=False)
-        positions = positions[np.isin(sequences.rows[positions], chosen)]
-    return positions
+    if max_users is None:
+        return positions
+    users = _sample(np.unique(sequences.rows[positions]), max_users, seed)
+    return positions[np.isin(sequences.rows[positions], users)]
+
+
+def _sample(values: np.ndarray, count: int, seed: int) -> np.ndarray:
+    return values if len(values) <= count else np.sort(np.random.default_rng(seed).choice(values, count, replace=False))
 
 
 def _popularity(bundle: Bundle) -> np.ndarray:

@@ -1,0 +1,168 @@
+"""From records of the event log to histories with new events at their end, and back into a bundle.
+
+Only this part of the learner sees user ids; what leaves it is keyed by hash.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raysys.bundle import HISTORY_SCHEMA, Bundle, Histories
+from raysys.events.identity import user_key
+from raysys.events.log import EventLog, Record
+from raysys.prepare.dataset import Sequences
+from raysys.schema import DEFAULT_EVENT, NON_HISTORY_EVENTS, SPLIT_TRAIN
+
+READ_AT_ONCE = 10_000
+"""Records read from the log in one call."""
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """What the log holds beyond a bundle, for the users concerned (U of them, E events).
+
+    Attributes:
+        sequences: their histories as the bundle has them, and the new events, in time order.
+        arrival: (E,) int64 place of a new event among all new ones in time order; -1 for events that the bundle has.
+        keys: U user keys.
+        erased: users to forget; a key that is also in `keys` came back after its erasure.
+        offset: of the log, after the last record read.
+        num_records: records read, of all kinds.
+        num_skipped: events left out: unknown items, duplicates.
+    """
+
+    sequences: Sequences
+    arrival: np.ndarray
+    keys: list[bytes]
+    erased: frozenset[bytes]
+    offset: str
+    num_records: int
+    num_skipped: int
+
+    @property
+    def num_events(self) -> int:
+        """New usable events."""
+        return int((self.arrival >= 0).sum())
+
+
+def read_fresh(log: EventLog, bundle: Bundle, after: str | None, *, max_events: int) -> Fresh:
+    """Read on from an offset until the log ends or enough usable events were found.
+
+    Args:
+        log: open for reading.
+        bundle: whose items, event codes and histories count.
+        after: offset of the last record that is already learnt.
+        max_events: stop once so many usable events are there.
+    """
+    gathered: dict[str, list[tuple[int, int, int]]] = defaultdict(list)  # user id -> (item, event code, time)
+    erased: set[bytes] = set()
+    seen_ids: set[str] = set()
+    num_records = num_events = num_skipped = 0
+    offset = after
+    while num_events < max_events:
+        records, offset = log.read(offset, READ_AT_ONCE)
+        if not records:
+            break
+        num_records += len(records)
+        for record in records:
+            if record.get("kind") == "erase":
+                key = bytes.fromhex(record["user_key"])
+                erased.add(key)
+                for user_id in [user_id for user_id in gathered if user_key(user_id) == key]:
+                    num_events -= len(gathered.pop(user_id))
+            elif record.get("kind") == "event" and record.get("event", DEFAULT_EVENT) not in NON_HISTORY_EVENTS:
+                event = _usable(record, bundle, seen_ids)
+                if event is None:
+                    num_skipped += 1
+                    continue
+                gathered[record["user_id"]].append(event)
+                num_events += 1
+    assert offset is not None  # a read gives one, and there was at least one read
+    return _joined(gathered, erased, bundle, offset, num_records, num_skipped)
+
+
+def _usable(record: Record, bundle: Bundle, seen_ids: set[str]) -> tuple[int, int, int] | None:
+    event_id = record.get("event_id")
+    if event_id is not None and event_id in seen_ids:
+        return None  # a retry that raced with itself is in the log twice
+    if event_id is not None:
+        seen_ids.add(event_id)
+    item = bundle.item_index.get(record["item_id"])
+    if item is None:
+        return None
+    return item, bundle.event_codes.get(record.get("event", DEFAULT_EVENT), 0), int(record["timestamp"])
+
+
+def _joined(
+    gathered: dict[str, list[tuple[int, int, int]]], erased: set[bytes], bundle: Bundle, offset: str, num_records: int, num_skipped: int
+) -> Fresh:
+    keys, columns, lengths = [], [], []
+    for user_id, events in gathered.items():
+        key = user_key(user_id)
+        known = None if key in erased else bundle.histories.lookup(user_id)
+        old = (
+            np.zeros((4, 0), np.int64)
+            if known is None
+            else np.stack([*(a.astype(np.int64) for a in known), np.zeros(len(known[0]), np.int64)])
+        )
+        new = np.array([(*event, 1) for event in events], np.int64).T
+        both = np.concatenate([old, new], axis=1)
+        columns.append(both[:, np.argsort(both[2], kind="stable")])
+        keys.append(key)
+        lengths.append(both.shape[1])
+    items, codes, times, is_new = np.concatenate([*columns, np.zeros((4, 0), np.int64)], axis=1)
+    arrival = np.full(len(items), -1, np.int64)
+    new_positions = np.flatnonzero(is_new)
+    arrival[new_positions[np.argsort(times[new_positions], kind="stable")]] = np.arange(len(new_positions))
+    sequences = flat_sequences(items, codes, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    return Fresh(sequences, arrival, keys, frozenset(erased), offset, num_records, num_skipped)
+
+
+def flat_sequences(items: np.ndarray, events: np.ndarray, times: np.ndarray, indptr: np.ndarray) -> Sequences:
+    """Sequences of training events without values, for models that update."""
+    count = len(items)
+    return Sequences(
+        np.arange(len(indptr) - 1, dtype=np.int32),
+        indptr,
+        items.astype(np.int32),
+        events.astype(np.int8),
+        times.astype(np.int64),
+        np.full(count, np.nan, np.float32),
+        np.zeros(count, bool),
+        np.full(count, SPLIT_TRAIN, np.int8),
+    )
+
+
+def sampled_histories(histories: Histories, without: Sequence[bytes], count: int, rng: np.random.Generator) -> Sequences:
+    """Histories of random users that the bundle knows, as sequences.
+
+    Args:
+        histories: of the bundle.
+        without: keys of users to leave out.
+        count: users at most.
+        rng: of the sample.
+    """
+    others = histories.table.filter(pc.invert(_among(histories, without)))
+    chosen = np.sort(rng.choice(len(others), min(count, len(others)), replace=False))
+    table = others.take(chosen).combine_chunks()
+    lengths = pc.list_value_length(table["item_idx"]).to_numpy().astype(np.int64)
+    items, events, times = (pc.list_flatten(table[name]).to_numpy() for name in ("item_idx", "event", "timestamp"))
+    return flat_sequences(items, events, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+
+def merged_histories(histories: Histories, fresh: Fresh) -> Histories:
+    """The bundle's histories with the new events in them and the erased users gone."""
+    kept = histories.table.filter(pc.invert(_among(histories, [*fresh.keys, *fresh.erased])))
+    indptr, sequences = fresh.sequences.indptr, fresh.sequences
+    starts = np.maximum(indptr[:-1], indptr[1:] - histories.max_events)
+    cuts = [slice(start, stop) for start, stop in zip(starts, indptr[1:], strict=True)]
+    columns = [fresh.keys, *([array[cut] for cut in cuts] for array in (sequences.items, sequences.events, sequences.times))]
+    return Histories(pa.concat_tables([kept, pa.table(columns, schema=HISTORY_SCHEMA)]).combine_chunks(), histories.max_events)
+
+
+def _among(histories: Histories, keys: Sequence[bytes]) -> pa.ChunkedArray:
+    return pc.is_in(histories.table["user_key"], value_set=pa.array(list(keys), HISTORY_SCHEMA.field("user_key").type))

@@ -1,0 +1,220 @@
+"""The continual learner: tail the event log, update, judge, publish, again and again.
+
+A round starts at the current version and the log offset in its manifest. What
+it learns and the offset it learnt through are published together, in one
+bundle, so a crash at any point repeats the round or has finished it: every
+event counts once. The registry refuses the publish when somebody else has moved
+the pointer meanwhile; the next round then starts from there.
+
+The driver reads the log and writes the bundle, because only it holds the key
+that hides user ids. The models are updated in this process, or in a resident
+actor when a cluster address is given (starting a Train run for each round would
+take longer than the round).
+"""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from raysys import cluster, storage
+from raysys.bundle import Bundle, load_model
+from raysys.errors import BundleError, ConfigError, StateError
+from raysys.events.identity import key_id
+from raysys.events.log import open_log
+from raysys.online.config import OnlineConfig
+from raysys.online.feed import Fresh, merged_histories, read_fresh
+from raysys.online.improve import Improvement, improve
+from raysys.registry import Pointer, Registry
+
+LOCK = "learner.lock"
+WRITTEN_BY_BUNDLE = ("format", "version", "created", "user_key_id", "history_max_events", "fusion", "models", "files")
+Improve = Callable[[Bundle, Fresh, OnlineConfig, int], Improvement]
+
+
+def run_online(
+    registry: str,
+    events: str,
+    state: str,
+    *,
+    once: bool = False,
+    interval_s: float = 30.0,
+    config: OnlineConfig | None = None,
+) -> dict:
+    """Learn from the event log until interrupted.
+
+    Args:
+        registry: where versions come from and go to.
+        events: location of the event log.
+        state: location of the service's state; its lock makes sure that one learner runs for it.
+        once: one round, then return.
+        interval_s: seconds from the end of a round to the next.
+        config: settings; defaults when None.
+
+    Returns:
+        What the last round did: `status` ("published", "refused", "idle", "waiting", "pinned", "superseded", "no model"),
+        `version`, and counts and figures of the round.
+
+    Raises:
+        StateError: another learner runs for this state, or the log cannot be read.
+        ConfigError: the user key of this machine is not the one the bundle was written with.
+    """
+    with _only_one(state), _improver() as step:
+        learner = Learner(registry, events, config or OnlineConfig(), step)
+        while True:
+            report = learner.round()
+            if report["status"] not in ("idle", "waiting"):
+                print(f"      {_line(report)}", flush=True)
+            if once:
+                return report
+            time.sleep(interval_s)
+
+
+class Learner:
+    """Rounds of learning; see the module.
+
+    Args:
+        registry: URI.
+        events: URI of the log.
+        config: settings.
+        step: `improve`, or the same elsewhere.
+    """
+
+    def __init__(self, registry: str, events: str, config: OnlineConfig, step: Improve = improve):
+        self.registry, self.config, self.step = Registry(registry), config, step
+        self.log = open_log(events)
+        self._bundle: Bundle | None = None
+        # Records after the published offset that hold nothing to learn; without this each round would read them again.
+        self._empty_until: tuple[str, str] | None = None
+        self._refused_at: tuple[str, str] | None = None
+
+    def round(self) -> dict[str, Any]:
+        """One round; see `run_online` for what it returns."""
+        started = time.monotonic()
+        pointer = self.registry.current()
+        if pointer is None:
+            return {"status": "no model", "version": None}
+        report: dict[str, Any] = {"status": "pinned", "version": pointer.version, "events": 0}
+        if pointer.pinned:
+            return report
+        bundle = self._open(pointer.version)
+        after = bundle.manifest.get("log_offset")
+        if self._empty_until is not None and self._empty_until[0] == pointer.version:
+            after = self._empty_until[1]
+        fresh = read_fresh(self.log, bundle, after, max_events=self.config.max_events)
+        report |= {"events": fresh.num_events, "records": fresh.num_records, "skipped": fresh.num_skipped}
+        if fresh.num_events == 0 and not fresh.erased & set(bundle.histories.table["user_key"].to_pylist()):
+            self._empty_until = (pointer.version, fresh.offset)
+            return report | {"status": "idle"}
+        if fresh.num_events < self.config.min_events and not fresh.erased or self._refused_at == (pointer.version, fresh.offset):
+            return report | {"status": "waiting"}
+        result = Improvement({}, True, "", {"events": 0})
+        if fresh.num_events:
+            result = self.step(bundle, fresh, self.config, pointer.sequence)
+        report |= {"figures": result.figures, "learning_s": round(time.monotonic() - started, 2)}
+        if not result.passed:
+            self._refused_at = (pointer.version, fresh.offset)
+            return report | {"status": "refused", "reason": result.reason}
+        report |= self._publish(bundle, fresh, result, pointer)
+        return report | {"seconds": round(time.monotonic() - started, 2)}
+
+    def _open(self, version: str) -> Bundle:
+        if self._bundle is None or self._bundle.version != version:
+            self._bundle = Bundle.open(self.registry.bundle_uri(version))
+            written_with = self._bundle.manifest["user_key_id"]
+            if written_with != key_id():
+                raise ConfigError(
+                    f"{version} was written with user key {written_with}, this machine has {key_id()}: histories could not be joined; "
+                    "set RAYSYS_USER_KEY or RAYSYS_HOME as where it was trained"
+                )
+        return self._bundle
+
+    def _publish(self, bundle: Bundle, fresh: Fresh, result: Improvement, pointer: Pointer) -> dict[str, Any]:
+        models = {**bundle.models, **{name: load_model(name, arrays, meta) for name, (arrays, meta) in result.models.items()}}
+        new_items = fresh.sequences.items[fresh.arrival >= 0]
+        counts = bundle.items["num_train"].to_numpy() + np.bincount(new_items, minlength=bundle.items.num_rows)
+        column = bundle.items.schema.get_field_index("num_train")
+        items = bundle.items.set_column(column, "num_train", [counts])
+        updated = Bundle(items, models, bundle.fusion, merged_histories(bundle.histories, fresh))
+        kept = {name: value for name, value in bundle.manifest.items() if name not in WRITTEN_BY_BUNDLE}
+        lineage = bundle.manifest.get("lineage") or {"trained": bundle.version, "rounds": 0, "events": 0}
+        newest = int(fresh.sequences.times[fresh.arrival >= 0].max(initial=0))
+        manifest = {
+            **kept,
+            "watermark": max(bundle.manifest.get("watermark") or 0, newest),
+            "metrics": {**(bundle.manifest.get("metrics") or {}), "online": result.figures},
+            "log_offset": fresh.offset,
+            "lineage": {
+                "trained": lineage["trained"],
+                "parent": bundle.version,
+                "rounds": lineage["rounds"] + 1,
+                "events": lineage["events"] + fresh.num_events,
+            },
+        }
+        with tempfile.TemporaryDirectory(prefix="raysys-online-") as folder:
+            updated.write(storage.join(folder, "bundle"), manifest=manifest)
+            try:
+                self.registry.publish(storage.join(folder, "bundle"), expected_sequence=pointer.sequence)
+            except BundleError as error:
+                if self.registry.current() == pointer:
+                    raise
+                return {"status": "superseded", "reason": str(error)}
+        self._bundle = updated
+        return {"status": "published", "version": updated.version}
+
+
+@contextlib.contextmanager
+def _improver() -> Iterator[Improve]:
+    """The step here, or in a resident actor of the cluster whose address is given."""
+    if not os.environ.get("RAY_ADDRESS"):
+        yield improve
+        return
+    with cluster.connected():
+        import ray
+
+        # No CPU is reserved: a serving cluster may have none left, and a learner that waits for one learns nothing.
+        resident: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)(_Improver)
+        actor = resident.remote()
+        try:
+            yield lambda *arguments: ray.get(actor.improve.remote(*arguments))
+        finally:
+            ray.kill(actor)
+
+
+class _Improver:
+    """`improve` as a resident actor: torch is imported once, not in every round."""
+
+    def improve(self, bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> Improvement:
+        return improve(bundle, fresh, config, seed)
+
+
+@contextlib.contextmanager
+def _only_one(state: str) -> Iterator[None]:
+    """Hold the learner's lock of a local state; two learners would only undo each other's rounds."""
+    if not storage.is_local(state):
+        yield
+        return
+    folder = storage.resolve(state)[1]
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, LOCK), "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(f"{folder}: expected to be alone, but another learner holds {LOCK}; stop it first") from None
+        yield
+
+
+def _line(report: dict) -> str:
+    text = f"{report['status']}: version {report['version']}"
+    if report.get("events"):
+        text += f", {report['events']:,} events"
+    if report["status"] == "published" and "prequential" in report["figures"]:
+        text += f", predicted before learning: NDCG@10 {report['figures']['prequential'].get('ndcg@10', 0.0):.4f}"
+    if report.get("reason"):
+        text += f" ({report['reason']})"
+    return text
