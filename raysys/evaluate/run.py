@@ -16,13 +16,8 @@ import numpy as np
 from raysys.bundle import Bundle
 from raysys.errors import ConfigError, SchemaError
 from raysys.evaluate import metrics
-<<<<<<< HEAD
-from raysys.models.base import top_k
-from raysys.pipeline import Pipeline, Retrieved, seen_mask
-=======
 from raysys.evaluate.stages import Stages
 from raysys.pipeline import Pipeline
->>>>>>> 609d778517896ee63658aaf4b7a2401c4ba5b49b
 from raysys.prepare.dataset import Prepared, Sequences
 from raysys.schema import NON_HISTORY_EVENTS, SPLIT_CODES, UNKNOWN_ITEM
 

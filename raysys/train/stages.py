@@ -208,6 +208,7 @@ class Worker:
             if self.state["ranker"] is not None:
                 ranker_report = json.loads(self.state["ranker"]["report"])
                 pipeline.ranker = self._load_ranker()
+                pipeline.use(pipeline.fusion)  # the ranker's sources are computed too, with weight or without
                 weight, by_weight = self._choose_ranker_weight(pipeline)
             self.say(
                 f"fusion: {', '.join(f'{name} {share:.2f}' for name, share in pipeline.fusion.weights.items())}; ranker weight {weight:g}"
