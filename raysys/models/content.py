@@ -16,7 +16,7 @@ from raysys.queries import Queries
 class ContentConfig:
     """How a profile is made."""
 
-    decay: float = 0.8
+    decay: float = 0.6
     """Weight of a history item relative to the one after it, in (0, 1]."""
     max_history: int = 20
     """Last events that make the profile, in events."""

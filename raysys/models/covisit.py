@@ -30,13 +30,13 @@ class CovisitConfig:
 
     window: int = 50
     """Two events of a user at most this many events apart are a pair, in events."""
-    distance_exponent: float = 1.0
+    distance_exponent: float = 0.5
     """A pair weighs 1 / distance to this power, dimensionless."""
     backward: float = 0.25
     """Weight of "candidate came before the history item", relative to "came after", dimensionless."""
     history_exponent: float = 0.3
     """Scores are divided by the history item's popularity to this power, dimensionless."""
-    candidate_exponent: float = 0.3
+    candidate_exponent: float = 0.2
     """Scores are divided by the candidate's popularity to this power, dimensionless."""
     session_decay: float = 0.7
     """Weight of a history item relative to the one after it, in (0, 1]."""
