@@ -12,8 +12,10 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
+from raysys.bundle import Bundle
 from raysys.errors import SchemaError
 from raysys.events.state import ItemState
+from raysys.features.text import TextEncoder, item_text
 from raysys.schema import ITEM_ID, ITEM_IDX
 
 MAX_LIVE = 20_000
@@ -146,6 +148,15 @@ class Catalogue:
             if name not in names:
                 raise SchemaError(f"filter: expected an attribute of the items ({', '.join(sorted(names))[:300]}), got {name!r}")
         return {name: _compile(rule, f"filter.{name}") for name, rule in rules.items()}
+
+
+def live_encoder(bundle: Bundle) -> Callable[[list[dict]], np.ndarray] | None:
+    """Attributes of live items to vectors in the space of a bundle's content model; None where it has none."""
+    content = bundle.models.get("content")
+    if content is None:
+        return None
+    encoder = TextEncoder()
+    return lambda items: content.transform(encoder.encode([item_text(a.get("title"), a.get("text"), a.get("categories")) for a in items]))
 
 
 def _compile(rule: Any, where: str) -> Rule:

@@ -23,14 +23,13 @@ from raysys.errors import BundleError, ServeOverloaded, StateError
 from raysys.events.log import Record, open_log
 from raysys.events.state import StateLimits, open_state
 from raysys.events.store import EventStore
-from raysys.models.base import Candidates
 from raysys.pipeline import Pipeline
 from raysys.queries import Queries
 from raysys.registry import Registry
-from raysys.serve.catalogue import Catalogue
+from raysys.serve.catalogue import Catalogue, live_encoder
 from raysys.serve.http import create_app
 from raysys.serve.ingest import DeadLetters
-from raysys.serve.recommender import Recommender, RetrievedOne, Version
+from raysys.serve.recommender import Recommender, RetrievedOne, Version, pad_candidates
 
 LOG = logging.getLogger("ray.serve")
 POLL_S = 1.0
@@ -206,19 +205,6 @@ class Ranking:
         return answers
 
 
-def pad_candidates(retrieved: list[RetrievedOne]) -> Candidates:
-    """Candidates of different lengths as one batch, padded with -1."""
-    K = max(len(one.items) for one in retrieved)
-    sources = retrieved[0].sources
-    items = np.full((len(retrieved), K), -1, np.int32)
-    fused = np.full((len(retrieved), K), -np.inf, np.float32)
-    log_probs = np.full((len(retrieved), K, len(sources)), -np.inf, np.float32)
-    for row, one in enumerate(retrieved):
-        count = len(one.items)
-        items[row, :count], fused[row, :count], log_probs[row, :count] = one.items, one.fused, one.log_probs
-    return Candidates(items, fused, log_probs, sources)
-
-
 @serve.deployment
 class Ingestion:
     """The writer of log and state: durable, then visible, then answered.
@@ -308,7 +294,6 @@ class Ingress:
         self._registry = Registry(registry)
         self._registry_uri = registry
         self._problem: str | None = None
-        self._encoder: Any = None
         self._writer = HandleWriter(ingestion)
         self._recommender = Recommender(open_state(state), HandleBackend(retrieval, ranking))
         self._follow_once()
@@ -336,7 +321,7 @@ class Ingress:
             if pointer is None or (current is not None and current.bundle.version == pointer.version):
                 return
             bundle = Bundle.open(self._registry.bundle_uri(pointer.version), only=("content",))
-            catalogue = Catalogue(bundle.items, self._encode if bundle.content_vectors is not None else None)
+            catalogue = Catalogue(bundle.items, live_encoder(bundle))
             catalogue.apply(self._recommender.state.items_since(0))
             if current is not None:
                 # Retrieval and ranking poll at the same pace; give them the time to load before naming the version to them.
@@ -347,11 +332,3 @@ class Ingress:
         except (BundleError, StateError, OSError) as error:
             self._problem = str(error)
             LOG.error("cannot serve the published version: %s", error)
-
-    def _encode(self, attributes: list[dict]) -> np.ndarray:
-        from raysys.features.text import TextEncoder, item_text
-
-        if self._encoder is None:
-            self._encoder = TextEncoder()
-        texts = [item_text(a.get("title") or "", a.get("text") or "", a.get("categories") or []) for a in attributes]
-        return self._encoder.encode(texts)

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from raysys import __version__
 from raysys.errors import SchemaError, ServeOverloaded, StateError
@@ -63,6 +64,34 @@ def error_response(status: int, kind: str, message: str, field: str | None = Non
     return JSON({"error": {"type": kind, "field": field, "message": message}}, status_code=status, headers=headers)
 
 
+class Guard:
+    """Key and body size, before anything is read. Plain ASGI: Starlette's own wrapper costs as much as a whole answer.
+
+    Args:
+        app: what is guarded.
+        expected_key: empty for no check.
+    """
+
+    def __init__(self, app: ASGIApp, expected_key: bytes):
+        self.app, self.expected_key = app, expected_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        await (refusal or self.app)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers = dict(scope["headers"])
+        if self.expected_key and scope["path"] not in OPEN_PATHS:
+            if not hmac.compare_digest(headers.get(b"x-api-key", b""), self.expected_key):
+                return error_response(401, "unauthorized", "expected a valid key in the X-API-Key header")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > LIMITS.max_body_bytes:
+            shown = length.decode("latin-1")[:20]
+            return error_response(413, "too_large", f"expected a body of at most {LIMITS.max_body_bytes} bytes, got {shown}")
+        return None
+
+
 def create_app(
     recommender: Recommender,
     writer: Writer,
@@ -94,15 +123,7 @@ def create_app(
     impressions = ImpressionBuffer(writer.post)
     state = recommender.state
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if expected_key and request.url.path not in OPEN_PATHS:
-            if not hmac.compare_digest(request.headers.get("x-api-key", "").encode(), expected_key):
-                return error_response(401, "unauthorized", "expected a valid key in the X-API-Key header")
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > LIMITS.max_body_bytes:
-            return error_response(413, "too_large", f"expected a body of at most {LIMITS.max_body_bytes} bytes, got {length[:20]}")
-        return await call_next(request)
+    app.add_middleware(Guard, expected_key=expected_key)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

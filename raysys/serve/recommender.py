@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from raysys.bundle import Bundle
 from raysys.events.state import UserState
+from raysys.models.base import Candidates
 from raysys.pipeline import LIVE_MAX_SHARE, live_ranks
 from raysys.queries import Queries
 from raysys.schema import HistoryEvent
@@ -31,6 +32,7 @@ SOURCE_SHARE = 0.1
 REASON_TEXT = {
     "covisit": "people who chose {title} chose this next",
     "interest": "fits what you have been choosing, {title} above all",
+    "dot_product": "fits what you have been choosing",
     "content": "similar to {title}",
     "popularity": "popular now",
     "new": "new, and similar to what you like",
@@ -419,6 +421,19 @@ class Recommender:
         if body.debug:
             answer["stages"] = stages.milliseconds
         return answer
+
+
+def pad_candidates(retrieved: list[RetrievedOne]) -> Candidates:
+    """Candidates of different lengths as one batch, padded with -1."""
+    K = max(len(one.items) for one in retrieved)
+    sources = retrieved[0].sources
+    items = np.full((len(retrieved), K), -1, np.int32)
+    fused = np.full((len(retrieved), K), -np.inf, np.float32)
+    log_probs = np.full((len(retrieved), K, len(sources)), -np.inf, np.float32)
+    for row, one in enumerate(retrieved):
+        count = len(one.items)
+        items[row, :count], fused[row, :count], log_probs[row, :count] = one.items, one.fused, one.log_probs
+    return Candidates(items, fused, log_probs, sources)
 
 
 class _Stages:

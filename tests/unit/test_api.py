@@ -1,0 +1,462 @@
+"""The HTTP API over real models, log and state, in one process: what Serve adds is tested in tests/ray."""
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from raysys.bundle import Bundle
+from raysys.events.embedded_log import EmbeddedLog
+from raysys.events.state import open_state
+from raysys.events.store import EventStore
+from raysys.pipeline import Pipeline
+from raysys.queries import Queries
+from raysys.serve.api import LIMITS
+from raysys.serve.catalogue import Catalogue, live_encoder
+from raysys.serve.http import create_app
+from raysys.serve.ingest import DeadLetters
+from raysys.serve.recommender import Budget, Recommender, RetrievedOne, Version, pad_candidates
+from tests.planted import CLUSTER_ITEMS, cluster_of
+
+NOW = 1_700_200_000.0
+
+
+class LocalBackend:
+    """The models in this process."""
+
+    def __init__(self, bundle: Bundle):
+        self.pipeline = Pipeline(bundle)
+        self.fail: set[str] = set()
+        self.slow_s = 0.0
+
+    async def retrieve(self, version, query: Queries, k, allowed, blocked) -> RetrievedOne:
+        if "retrieval" in self.fail:
+            raise RuntimeError("planted failure")
+        mask = np.ones((1, self.pipeline.num_items), bool) if allowed is None else allowed[None].copy()
+        mask[0, blocked] = False
+        found = self.pipeline.retrieve(query, k, allowed=mask)
+        count = int((found.candidates.items[0] >= 0).sum())
+        part = found.candidates
+        profile, affinity = (None, None) if found.profiles is None else (found.profiles[0], found.affinity[0])
+        return RetrievedOne(part.items[0, :count], part.fused[0, :count], part.log_probs[0, :count], part.sources, profile, affinity)
+
+    async def rank(self, version, query: Queries, retrieved: RetrievedOne):
+        if "ranking" in self.fail:
+            raise RuntimeError("planted failure")
+        await asyncio.sleep(self.slow_s)
+        scores, probabilities = self.pipeline.rank(query, pad_candidates([retrieved]))
+        return scores[0], probabilities[0]
+
+    async def explain(self, version, query: Queries, items):
+        return [(reason.kind, reason.because) for reason in self.pipeline.explain(query, items)]
+
+
+class LocalWriter:
+    def __init__(self, store: EventStore, dead_letters: DeadLetters):
+        self.store, self.dead_letters = store, dead_letters
+
+    async def write(self, records):
+        return await asyncio.wrap_future(self.store.submit(records))
+
+    async def reject(self, entries):
+        self.dead_letters.write(entries)
+
+    async def erase(self, user_id):
+        record = self.store.erase_record(user_id)
+        await self.write([record])
+        return self.store.receipt(record)
+
+    def post(self, records):
+        self.store.submit(records)
+
+
+class World:
+    def __init__(self, folder, bundle_uri: str | None):
+        self.folder = folder
+        self.store = EventStore(EmbeddedLog(str(folder / "events"), writable=True), open_state(str(folder / "state")))
+        bundle = Bundle.open(bundle_uri) if bundle_uri else None
+        self.backend = LocalBackend(bundle) if bundle else None
+        self.recommender = Recommender(self.store.state, self.backend, clock=lambda: NOW, budget=Budget(ranking_s=0.3))
+        if bundle:
+            self.recommender.version = Version.of(bundle, Catalogue(bundle.items, live_encoder(bundle)))
+        writer = LocalWriter(self.store, DeadLetters(str(folder / "events")))
+        not_ready = lambda: None if bundle else "no model published; run raysys publish"  # noqa: E731
+        self.app = create_app(self.recommender, writer, models=list, not_ready=not_ready, clock=lambda: NOW)
+        self.client = TestClient(self.app, raise_server_exceptions=False)
+
+    def ask(self, **body) -> dict:
+        answer = self.client.post("/v1/recommend", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def ids(self, **body) -> list[str]:
+        return [item["item_id"] for item in self.ask(**body)["items"]]
+
+
+@pytest.fixture
+def world(tmp_path, planted_bundle):
+    world = World(tmp_path, planted_bundle)
+    yield world
+    world.store.close()
+
+
+def test_known_user_gets_the_next_items_of_the_own_cluster(world):
+    for user in range(6):
+        answer = world.ask(user_id=f"user-{user}", n=5)
+        assert answer["strategy"] == "personalized" and not answer["degraded"]
+        assert [cluster_of(item["item_id"]) for item in answer["items"]].count(user) >= 4
+        assert [item["rank"] for item in answer["items"]] == [1, 2, 3, 4, 5]
+        scores = [item["score"] for item in answer["items"]]
+        assert scores == sorted(scores, reverse=True)
+        assert all(0 <= item["probability"] <= 1 and item["sources"] for item in answer["items"])
+
+
+def test_seen_items_are_hidden_unless_asked_for(world):
+    seen = {"item-040", "item-041", "item-042"}
+    history = sorted(seen)
+    assert not seen & set(world.ids(history=history, n=20))
+    assert seen & set(world.ids(history=history, n=20, exclude_seen=False))
+    events = [{"item_id": item, "event": "view"} for item in history]
+    assert not seen & set(world.ids(history=events, n=20, exclude_seen=["view"]))
+    assert seen & set(world.ids(history=events, n=20, exclude_seen=["purchase"]))
+
+
+def test_inline_history_is_a_session_and_a_stranger_is_a_cold_start(world):
+    assert world.ask(history=["item-060"], n=3)["strategy"] == "session"
+    cold = world.ask(user_id="nobody", n=3)
+    assert cold["strategy"] == "cold_start" and len(cold["items"]) == 3
+    assert all(item["probability"] is None for item in cold["items"])
+
+
+def test_own_event_moves_the_next_answer_towards_its_neighbours(world):
+    everything = {"user_id": "user-0", "n": 100}
+    before = {item["item_id"]: item["score"] for item in world.ask(**everything)["items"]}
+    control_before = {item["item_id"]: item["score"] for item in world.ask(user_id="user-1", n=100)["items"]}
+    world.client.post("/v1/events", json={"user_id": "user-0", "item_id": "item-070", "event": "rating", "value": 5})
+    after = {item["item_id"]: item["score"] for item in world.ask(**everything)["items"]}
+    control_after = {item["item_id"]: item["score"] for item in world.ask(user_id="user-1", n=100)["items"]}
+
+    def gain(new, old):
+        both = [item for item in new if item in old]
+        near = [new[item] - old[item] for item in both if cluster_of(item) == 3]
+        far = [new[item] - old[item] for item in both if cluster_of(item) in (2, 4, 5)]
+        return np.mean(near) - np.mean(far)
+
+    assert gain(after, before) > 0.3
+    assert abs(gain(control_after, control_before)) < 1e-3
+    assert "item-070" not in after
+
+
+def test_anonymous_session_events_are_seen_by_its_next_request(world):
+    event = {"user_id": "anon-1", "session_id": "s-1", "item_id": "item-100", "event": "view"}
+    assert world.client.post("/v1/events", json=event).json()["accepted"] == 1
+    answer = world.ask(session_id="s-1", n=5)
+    assert answer["strategy"] == "session"
+    assert [cluster_of(item["item_id"]) for item in answer["items"]].count(5) >= 4
+
+
+def test_new_item_reaches_those_whom_it_fits_and_nobody_else(world):
+    item = {"title": "space battle rockets galaxy", "categories": ["space"]}
+    assert world.client.put("/v1/items/brand-new", json=item).status_code == 200
+    assert "brand-new" in world.ids(user_id="user-0", n=20)
+    for user in (1, 2, 3, 4, 5):
+        assert "brand-new" not in world.ids(user_id=f"user-{user}", n=20)
+    found = next(i for i in world.ask(user_id="user-0", n=20, return_metadata=True)["items"] if i["item_id"] == "brand-new")
+    assert found["sources"] == ["new"] and found["metadata"]["title"] == item["title"] and found["probability"] is None
+    assert "brand-new" not in world.ids(user_id="user-0", n=20, exclude=["brand-new"])
+    assert world.client.delete("/v1/items/brand-new").status_code == 200
+    assert "brand-new" not in world.ids(user_id="user-0", n=20)
+    assert world.client.get("/v1/items/brand-new").status_code == 404
+
+
+def test_deleted_and_unavailable_items_never_come_back(world):
+    victims = world.ids(user_id="user-2", n=3)
+    world.client.delete(f"/v1/items/{victims[0]}")
+    world.client.patch(f"/v1/items/{victims[1]}", json={"available": False})
+    answer = world.ids(user_id="user-2", n=50)
+    assert not set(victims[:2]) & set(answer) and victims[2] in answer
+    assert "item-005" not in world.ids(user_id="user-0", n=100, exclude_seen=False)  # unavailable in the catalogue itself
+    world.client.patch(f"/v1/items/{victims[1]}", json={"available": True})
+    assert victims[1] in world.ids(user_id="user-2", n=50)
+
+
+@pytest.mark.parametrize(
+    "rule, keeps",
+    [
+        ({"year": 1983}, lambda row: row % CLUSTER_ITEMS == 3),
+        ({"year": {"equals": 1983}}, lambda row: row % CLUSTER_ITEMS == 3),
+        ({"year": {"range": {"min": 1990}}}, lambda row: row % CLUSTER_ITEMS >= 10),
+        ({"year": {"range": {"min": 1985, "max": 1986}}}, lambda row: row % CLUSTER_ITEMS in (5, 6)),
+        ({"categories": {"any": ["piano", "murder"]}}, lambda row: row // CLUSTER_ITEMS in (3, 5)),
+        ({"categories": {"not": {"equals": "space"}}}, lambda row: row // CLUSTER_ITEMS != 0),
+        ({"year": {"in": [1981, 1982]}, "categories": ["cooking"]}, lambda row: row in (41, 42)),
+    ],
+)
+def test_filters_keep_exactly_the_items_that_match(world, rule, keeps):
+    answer = world.ids(history=["item-019"], n=200, filter=rule)
+    expected = {f"item-{row:03d}" for row in range(120) if keeps(row) and row not in (5, 19)}
+    assert set(answer) == expected
+
+
+def test_filters_see_attributes_set_over_http(world):
+    world.client.patch("/v1/items/item-050", json={"mood": "calm"})
+    assert world.ids(user_id="user-0", n=10, filter={"mood": "calm"}) == ["item-050"]
+
+
+def test_include_exclude_and_offset(world):
+    ten = world.ids(user_id="user-3", n=10)
+    assert world.ids(user_id="user-3", n=4, offset=3) == ten[3:7]
+    assert world.ids(user_id="user-3", n=9, exclude=ten[:1]) == ten[1:]
+    assert set(world.ids(user_id="user-3", n=10, include=ten[4:6])) == set(ten[4:6])
+
+
+def test_diversity_spreads_the_answer(world):
+    plain = world.ids(user_id="user-0", n=10)
+    spread = world.ids(user_id="user-0", n=10, diversity=0.9)
+    assert len({cluster_of(item) for item in spread}) > len({cluster_of(item) for item in plain})
+    assert world.ids(user_id="user-0", n=10, diversity=0.0) == plain
+
+
+def test_reasons_name_a_past_item(world):
+    answer = world.ask(history=["item-060", "item-061"], n=5, explain=True)
+    reasons = [item["reasons"][0] for item in answer["items"]]
+    assert all(reason["text"] for reason in reasons)
+    assert {reason["item_id"] for reason in reasons} & {"item-060", "item-061"}
+
+
+def test_rank_orders_the_given_items_and_puts_unknown_ones_last(world):
+    body = {"user_id": "user-4", "candidates": ["item-010", "no-such-item", "item-085", "item-110"]}
+    items = world.client.post("/v1/rank", json=body).json()["items"]
+    assert {item["item_id"] for item in items} == set(body["candidates"])
+    assert items[0]["item_id"] == "item-085"
+    assert items[-1] == {"item_id": "no-such-item", "rank": 4, "score": None, "probability": None, "sources": []}
+
+
+def test_similar_items_come_from_the_same_cluster(world):
+    items = world.client.get("/v1/items/item-030/similar?n=5").json()["items"]
+    assert [cluster_of(item["item_id"]) for item in items].count(1) >= 4
+    assert "item-030" not in [item["item_id"] for item in items]
+
+
+def test_get_recommend_equals_post(world):
+    assert [i["item_id"] for i in world.client.get("/v1/recommend/user-5?n=7").json()["items"]] == world.ids(user_id="user-5", n=7)
+
+
+def test_answer_equals_the_pipeline(world, planted_bundle):
+    """The final metric of `evaluate` is a statement about this list."""
+    bundle = Bundle.open(planted_bundle)
+    from raysys.pipeline import recommend_user
+
+    for user in range(30):
+        offline = [bundle.item_ids[row] for row in recommend_user(bundle, f"user-{user}", 10).items]
+        assert world.ids(user_id=f"user-{user}", n=10) == offline
+
+
+def test_late_or_failing_stages_degrade_and_say_so(world):
+    ranked = world.ids(user_id="user-1", n=10)
+    world.backend.slow_s = 1.0
+    late = world.ask(user_id="user-1", n=10)
+    assert late["degraded"] and "ranking" in late["degraded_reason"] and len(late["items"]) == 10
+    world.backend.slow_s, world.backend.fail = 0.0, {"ranking"}
+    assert world.ask(user_id="user-1", n=10)["degraded"]
+    world.backend.fail = {"retrieval"}
+    fallen = world.ask(user_id="user-1", n=10)
+    assert fallen["strategy"] == "fallback" and fallen["degraded"] and len(fallen["items"]) == 10
+    world.backend.fail = set()
+    assert world.ids(user_id="user-1", n=10) == ranked
+    assert any(name.startswith("degraded_") for name in world.client.get("/v1/models").json()["counts"])
+
+
+def test_events_are_counted_once_and_bad_ones_kept_apart(world):
+    good = {"user_id": "u", "item_id": "item-001", "event": "view", "event_id": "e-1"}
+    bad = {"user_id": "u", "event": "view"}
+    first = world.client.post("/v1/events", json={"events": [good, bad, good]}).json()
+    assert first["accepted"] == 1 and first["duplicates"] == 1
+    assert first["rejected"] == [{"index": 1, "field": "item_id", "reason": "expected a value, the field is missing"}]
+    assert world.client.post("/v1/events", json=good).json() == {"accepted": 0, "duplicates": 1, "rejected": []}
+    letters = [json.loads(line) for path in (world.folder / "events").glob("dead-letter-*") for line in path.read_text().splitlines()]
+    assert [letter["record"] for letter in letters] == [bad]
+    assert len(world.client.get("/v1/users/u").json()["events"]) == 1
+
+
+def test_erased_user_is_gone_also_from_the_bundle(world):
+    world.client.put("/v1/users/user-0", json={"age": 30})
+    world.client.post("/v1/events", json={"user_id": "user-0", "item_id": "item-001"})
+    held = world.client.get("/v1/users/user-0").json()
+    assert held["attributes"] == {"age": 30} and len(held["events"]) == 1 and held["training_events"]
+    receipt = world.client.delete("/v1/users/user-0").json()
+    assert receipt["erased"] and len(receipt["signature"]) == 64
+    gone = world.client.get("/v1/users/user-0").json()
+    assert gone["attributes"] == {} and gone["events"] == [] and gone["training_events"] == []
+    assert world.ask(user_id="user-0", n=3)["strategy"] == "cold_start"
+
+
+def test_state_is_rebuilt_from_the_log(tmp_path, planted_bundle):
+    world = World(tmp_path, planted_bundle)
+    world.client.post("/v1/events", json={"user_id": "u", "item_id": "item-001", "event_id": "e"})
+    world.client.put("/v1/items/brand-new", json={"title": "space battle"})
+    world.client.delete("/v1/users/user-1")
+    world.store.close()
+    import shutil
+
+    shutil.rmtree(tmp_path / "state")
+    again = World(tmp_path, planted_bundle)
+    assert [event["item_id"] for event in again.client.get("/v1/users/u").json()["events"]] == ["item-001"]
+    assert again.client.get("/v1/items/brand-new").json()["title"] == "space battle"
+    assert again.ask(user_id="user-1", n=3)["strategy"] == "cold_start"
+    again.store.close()
+
+
+def test_without_a_bundle_it_says_what_to_do_and_answers_from_live_popularity(tmp_path):
+    world = World(tmp_path, None)
+    ready = world.client.get("/health/ready")
+    assert ready.status_code == 503 and "raysys publish" in ready.json()["error"]["message"] and ready.headers["retry-after"]
+    assert world.client.get("/health/live").status_code == 200
+    for item, count in (("a", 1), ("b", 3), ("c", 2)):
+        for at in range(count):
+            world.client.post("/v1/events", json={"user_id": f"u{at}", "item_id": item})
+    answer = world.ask(user_id="new", n=2)
+    assert [item["item_id"] for item in answer["items"]] == ["b", "c"]
+    assert answer["strategy"] == "fallback" and answer["degraded"] and answer["model_version"] is None
+    world.store.close()
+
+
+def test_api_key_is_asked_for(tmp_path, planted_bundle, monkeypatch):
+    monkeypatch.setenv("RAYSYS_API_KEY", "secret-of-the-test")
+    world = World(tmp_path, planted_bundle)
+    assert world.client.post("/v1/recommend", json={"user_id": "u"}).status_code == 401
+    assert world.client.post("/v1/recommend", json={"user_id": "u"}, headers={"X-API-Key": "wrong"}).status_code == 401
+    assert world.client.post("/v1/recommend", json={"user_id": "u"}, headers={"X-API-Key": "secret-of-the-test"}).status_code == 200
+    assert world.client.get("/health/ready").status_code == 200
+    world.store.close()
+
+
+def test_openapi_lists_every_call(world):
+    paths = world.client.get("/openapi.json").json()["paths"]
+    for path in (
+        "/v1/recommend",
+        "/v1/recommend/{user_id}",
+        "/v1/rank",
+        "/v1/items/{item_id}/similar",
+        "/v1/events",
+        "/v1/items/{item_id}",
+    ):
+        assert path in paths
+    assert world.client.get("/docs").status_code == 200
+
+
+LONG = "x" * (LIMITS.max_id_length + 1)
+WRONG = [
+    # method, path, body, status, field, part of the message
+    ("POST", "/v1/recommend", {"user_id": "u", "n": 0}, 400, "n", "greater than or equal to 1"),
+    ("POST", "/v1/recommend", {"user_id": "u", "n": -3}, 400, "n", "greater than or equal to 1"),
+    ("POST", "/v1/recommend", {"user_id": "u", "n": LIMITS.max_n + 1}, 400, "n", str(LIMITS.max_n)),
+    ("POST", "/v1/recommend", {"user_id": "u", "n": "ten"}, 400, "n", "integer"),
+    ("POST", "/v1/recommend", {"user_id": "u", "n": 2.5}, 400, "n", "integer"),
+    ("POST", "/v1/recommend", {"user_id": "u", "n": 3, "k": 4}, 400, None, "one of n, k and top_k"),
+    ("POST", "/v1/recommend", {"user_id": "u", "offset": -1}, 400, "offset", "greater than or equal to 0"),
+    ("POST", "/v1/recommend", {"user_id": "u", "offset": LIMITS.max_offset + 1}, 400, "offset", str(LIMITS.max_offset)),
+    ("POST", "/v1/recommend", {"user_id": ""}, 400, "user_id", "at least 1 character"),
+    ("POST", "/v1/recommend", {"user_id": LONG}, 400, "user_id", str(LIMITS.max_id_length)),
+    ("POST", "/v1/recommend", {"user_id": ["u"]}, 400, "user_id", "string"),
+    ("POST", "/v1/recommend", {"user_id": True}, 400, "user_id", "string"),
+    ("POST", "/v1/recommend", {"user": "u"}, 400, "user", "unknown field 'user'"),
+    ("POST", "/v1/recommend", {"user_id": "u", "limit": 5}, 400, "limit", "unknown field 'limit'"),
+    ("POST", "/v1/recommend", {"history": "item-001"}, 400, "history", "list"),
+    ("POST", "/v1/recommend", {"history": [{"event": "view"}]}, 400, None, ""),
+    ("POST", "/v1/recommend", {"history": ["i"] * (LIMITS.max_history + 1)}, 400, "history", str(LIMITS.max_history)),
+    ("POST", "/v1/recommend", {"user_id": "u", "exclude": "item-001"}, 400, "exclude", "list"),
+    ("POST", "/v1/recommend", {"user_id": "u", "exclude_seen": 5}, 400, None, ""),
+    ("POST", "/v1/recommend", {"user_id": "u", "diversity": 1.5}, 400, "diversity", "less than or equal to 1"),
+    ("POST", "/v1/recommend", {"user_id": "u", "filter": ["year"]}, 400, "filter", "dictionary"),
+    ("POST", "/v1/recommend", {"user_id": "u", "filter": {"colour": "red"}}, 400, "filter", "'colour'"),
+    ("POST", "/v1/recommend", {"user_id": "u", "filter": {"year": {"above": 3}}}, 400, "filter.year", "range"),
+    ("POST", "/v1/recommend", {"user_id": "u", "filter": {"year": {"range": 3}}}, 400, "filter.year.range", "min and/or max"),
+    ("POST", "/v1/recommend", {"user_id": "u", "filter": {"year": {"in": []}}}, 400, "filter.year.in", "non-empty list"),
+    ("POST", "/v1/recommend", {"user_id": "u", "context": "mobile"}, 400, "context", "dictionary"),
+    ("POST", "/v1/recommend", {"user_id": "u", "explain": "maybe"}, 400, "explain", "boolean"),
+    ("POST", "/v1/recommend", b"{not json", 400, None, "JSON"),
+    ("POST", "/v1/recommend", b"", 400, None, "JSON"),
+    ("POST", "/v1/recommend", [1, 2], 400, None, ""),
+    ("POST", "/v1/recommend", b"\xff\xfe\x00", 400, None, "JSON"),
+    ("POST", "/v1/recommend", b'{"user_id": "u", "diversity": NaN}', 400, None, "JSON"),
+    ("GET", "/v1/recommend/u?n=0", None, 400, "n", "greater than or equal to 1"),
+    ("GET", "/v1/recommend/u?n=abc", None, 400, "query.n", "integer"),
+    ("GET", "/v1/items/item-001/similar?n=0", None, 400, "n", "1 to"),
+    ("POST", "/v1/rank", {"user_id": "u"}, 400, "candidates", "missing"),
+    ("POST", "/v1/rank", {"user_id": "u", "candidates": []}, 400, "candidates", "at least 1 item"),
+    ("POST", "/v1/rank", {"user_id": "u", "candidates": "item-001"}, 400, "candidates", "list"),
+    ("POST", "/v1/events", {"events": []}, 400, "events", "non-empty list"),
+    ("POST", "/v1/events", {"events": {"user_id": "u"}}, 400, "events", "non-empty list"),
+    ("POST", "/v1/events", {"events": [{}], "source": "web"}, 400, None, "source"),
+    ("POST", "/v1/events", {"events": [{"user_id": "u", "item_id": "i"}] * (LIMITS.max_batch + 1)}, 400, "events", str(LIMITS.max_batch)),
+    ("PUT", "/v1/items/i", [], 400, None, "item attributes"),
+    ("PUT", "/v1/items/i", {"title": 5}, 400, "title", "text"),
+    ("PUT", "/v1/items/i", {"categories": "space"}, 400, "categories", "list of strings"),
+    ("PUT", "/v1/items/i", {"available": "no"}, 400, "available", "true or false"),
+    ("PUT", "/v1/items/i", {"price": {"eur": 3}}, 400, "price", "number"),
+    ("PUT", "/v1/items/i", {"item_id": "j"}, 400, "item_id", "reserved"),
+    ("PUT", f"/v1/items/{LONG}", {"title": "t"}, 400, "item_id", str(LIMITS.max_id_length)),
+    ("POST", "/v1/items", {"title": "t"}, 400, "items", "at least one item"),
+    ("POST", "/v1/items", {"items": []}, 400, "items", "at least one item"),
+    ("PATCH", "/v1/items/no-such-item", {"title": "t"}, 404, "item_id", "PUT creates one"),
+    ("PUT", "/v1/users/u", "text", 400, None, "user attributes"),
+    ("GET", "/v1/nothing", None, 404, None, "/docs"),
+    ("DELETE", "/v1/recommend", None, 405, None, "DELETE"),
+    ("POST", "/v1/recommend", b"x" * (LIMITS.max_body_bytes + 1), 413, None, str(LIMITS.max_body_bytes)),
+]
+
+
+@pytest.fixture(scope="module")
+def shared_world(tmp_path_factory, planted_bundle):
+    world = World(tmp_path_factory.mktemp("wrong"), planted_bundle)
+    yield world
+    world.store.close()
+
+
+@pytest.mark.parametrize("method, path, body, status, field, message", WRONG, ids=[f"{w[0]}-{n}" for n, w in enumerate(WRONG)])
+def test_wrong_requests_are_refused_with_a_clear_error(shared_world, method, path, body, status, field, message):
+    content = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+    answer = shared_world.client.request(method, path, content=content)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"type", "field", "message"}
+    assert message in error["message"]
+    if field is not None:
+        assert error["field"] == field
+
+
+WRONG_EVENTS = [
+    ({"item_id": "i"}, "user_id", "missing"),
+    ({"user_id": "u"}, "item_id", "missing"),
+    ({"user_id": "", "item_id": "i"}, "user_id", "at least 1"),
+    ({"user_id": "u", "item_id": "i", "timestamp": "yesterday"}, "timestamp", "ISO 8601"),
+    ({"user_id": "u", "item_id": "i", "timestamp": -5}, "timestamp", "epoch"),
+    ({"user_id": "u", "item_id": "i", "timestamp": NOW + 10 * 86400}, "timestamp", "future"),
+    ({"user_id": "u", "item_id": "i", "value": "five"}, "value", "number"),
+    ({"user_id": "u", "item_id": "i", "position": -1}, "position", "greater"),
+    ({"user_id": "u", "item_id": "i", "rating": 5}, "rating", "unknown field"),
+    ({"user_id": "u", "item_id": "i", "event": ""}, "event", "at least 1"),
+    ("text", None, "object"),
+]
+
+
+@pytest.mark.parametrize("event, field, reason", WRONG_EVENTS, ids=range(len(WRONG_EVENTS)))
+def test_wrong_events_are_rejected_alone(shared_world, event, field, reason):
+    good = {"user_id": "u", "item_id": "item-001"}
+    answer = shared_world.client.post("/v1/events", json={"events": [event, good]}).json()
+    assert answer["accepted"] == 1
+    (rejected,) = answer["rejected"]
+    assert rejected["index"] == 0 and rejected["field"] == field and reason in rejected["reason"]
+
+
+@pytest.mark.parametrize(
+    "timestamp", [NOW, NOW * 1000, str(NOW), "2023-11-17T05:46:40Z", "2023-11-17T05:46:40", "2023-11-17T06:46:40+01:00"]
+)
+def test_timestamps_of_every_kind_mean_the_same_moment(shared_world, timestamp):
+    user = f"clock-{timestamp}"
+    assert shared_world.client.post("/v1/events", json={"user_id": user, "item_id": "i", "timestamp": timestamp}).json()["accepted"] == 1
+    (event,) = shared_world.client.get(f"/v1/users/{user}").json()["events"]
+    assert event["timestamp"] == pytest.approx(NOW, abs=0.01)
