@@ -61,20 +61,20 @@ def read_json_lines(uri: str) -> Iterator[tuple[int, dict]]:
         SchemaError: a line is not a JSON object, or the file is not gzip as its name says.
     """
     filesystem, path = storage.resolve(uri)
-    number = 0
+    number = 1
     with filesystem.open_input_stream(path, compression=None) as raw:
         lines = gzip.GzipFile(fileobj=raw) if uri.endswith(".gz") else raw
         try:
-            for number, line in enumerate(_split_lines(lines), start=1):
-                if not line.strip():
-                    continue
-                value = json.loads(line)
-                if not isinstance(value, dict):
-                    raise ValueError("not an object")
-                yield number, value
+            for line in _split_lines(lines):
+                if line.strip():
+                    value = json.loads(line)
+                    if not isinstance(value, dict):
+                        raise ValueError("not an object")
+                    yield number, value
+                number += 1
         except (ValueError, OSError, EOFError) as error:
             found = " ".join(str(error).split())[:120]
-            raise SchemaError(f"{uri}: line {number + 1}: expected one JSON object a line, found: {found}") from None
+            raise SchemaError(f"{uri}: line {number}: expected one JSON object a line, found: {found}") from None
 
 
 def _split_lines(stream: Any) -> Iterator[bytes]:

@@ -87,7 +87,7 @@ def plan_chunks(files: list[SourceFile]) -> list[Chunk]:
             groups.append(index)
             rows += count
             first += count
-        if groups or file.format == "csv":
+        if rows or file.format == "csv":
             chunks.append(Chunk(file, start, tuple(groups)))
     return chunks
 

@@ -15,7 +15,8 @@ from raysys.errors import ConfigError, SchemaError
 from raysys.prepare import stages
 from raysys.prepare.config import PrepareConfig
 from raysys.prepare.dataset import FORMAT, ITEMS, MANIFEST, QUARANTINE, USERS
-from raysys.prepare.fingerprint import fingerprint
+from raysys.prepare.manifest import collect_notes, content_fingerprint, count_everything
+from raysys.prepare.manifest import summary_rows as summary_rows  # the command line takes it from here
 from raysys.prepare.output import working_folder
 from raysys.prepare.rows import REPORTS, RowRules, plan_chunks, read_reports
 from raysys.prepare.sequences import SplitRule
@@ -102,6 +103,8 @@ def prepare(
         types, notes = resolve_event_types(event_types, stats)
         names, unnamed = event_codes(stats.events)
         item_order = order_items(stats, items.rows[ITEM_ID], split=split, min_item_events=config.min_item_events)
+        if not item_order.num_warm:
+            raise ConfigError(f"{data}: no item has min_item_events = {config.min_item_events} training events; lower it")
         user_order = order_users(stats, users.rows[USER_ID])
         report.done("count", stats.interactions)
         vocabulary = build_vocabulary(item_order, user_order, names, types, ordinal=ordinal)
@@ -112,9 +115,6 @@ def prepare(
             if len(table.bad):
                 storage.write_table(storage.join(work, QUARANTINE, name), table.bad.to_arrow())
         report.done("encode, write", written["train"] + written["valid"] + written["test"])
-
-        known_items = set(items.rows[ITEM_ID]) if len(items.rows) else None
-        interactions = written["train"] + written["valid"] + written["test"]
         manifest = {
             "format": FORMAT,
             "created": started.isoformat(timespec="seconds"),
@@ -123,22 +123,7 @@ def prepare(
             "time": "ordinal" if ordinal else "utc",
             "events": names,
             "event_types": {name: settings.to_dict(kind) for name, kind in sorted(types.items())},
-            "counts": {
-                "interactions_read": facts["rows"],
-                "quarantined": sum(facts["quarantine"].values()),
-                "without_weight": sum(facts["dropped"].values()),
-                "duplicates": stats.duplicates,
-                "rare_items_events": item_order.dropped,
-                "few_events_users_events": stats.interactions - item_order.dropped - interactions,
-                "interactions": interactions,
-                **{name: written[name] for name in ("train", "valid", "test", "positive", "unknown_targets", "users")},
-                "users_listed": len(user_order),
-                "items": len(item_order.rows),
-                "items_warm": item_order.num_warm,
-                "items_without_attributes": 0 if known_items is None else sum(item not in known_items for item in item_order.rows[ITEM_ID]),
-                "item_duplicates": items.duplicates,
-                "user_duplicates": users.duplicates,
-            },
+            "counts": count_everything(facts, stats, item_order, written, items, users) | {"users_listed": len(user_order)},
             "quarantine": quarantine,
             "notes": collect_notes(files, facts, items, users, notes, unnamed),
             "watermark": stats.watermark if ordinal else stats.watermark // 1_000_000,
@@ -192,46 +177,3 @@ def check_rows(data: str, facts: dict, quarantine: dict[str, int], *, strict: bo
         raise SchemaError(
             f"{data}: expected at least one event with weight, found only {', '.join(sorted(facts['dropped']))}; see event_types"
         )
-
-
-def collect_notes(files, facts: dict, items: AttributeTable, users: AttributeTable, notes: list[str], unnamed: list[str]) -> list[str]:
-    """Everything that was understood, assumed or left out, one line each."""
-    lines = list(dict.fromkeys(note for file in files for note in file.notes))
-    lines += [f"items: {note}" for note in items.notes] + [f"users: {note}" for note in users.notes]
-    forms = facts["forms"]
-    lines.append("timestamps: " + ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(forms.items(), key=lambda pair: -pair[1])))
-    if len(forms) > 1:
-        lines.append("timestamps come in more than one form; each row was read by its own")
-    lines += [f"{count:,} rows without {column}: default used" for column, count in sorted(facts["imputed"].items())]
-    lines += [f"{count:,} {name} events have weight 0 and are not in the sequences" for name, count in sorted(facts["dropped"].items())]
-    if unnamed:
-        lines.append(f"{len(unnamed)} rare event names share the code of 'other': {', '.join(unnamed[:5])}")
-    return [*lines, *notes]
-
-
-def content_fingerprint(work: str, sums: list[int], manifest: dict) -> str:
-    """sha256 of what was learnt from the data: sequences, tables, split, meaning of events."""
-    tables = {name: storage.read_bytes(storage.join(work, name)) for name in (ITEMS, USERS)}
-    facts = {key: manifest[key] for key in ("format", "split", "time", "events", "event_types", "watermark")}
-    return fingerprint(sums, tables, facts)
-
-
-def summary_rows(manifest: dict) -> list[tuple[str, str]]:
-    """The closing table of the command."""
-    counts = manifest["counts"]
-    left = {
-        key: counts[key]
-        for key in ("quarantined", "duplicates", "without_weight", "rare_items_events", "few_events_users_events")
-        if counts[key]
-    }
-    rows = [
-        ("interactions", f"{counts['interactions']:,} of {counts['interactions_read']:,} read"),
-        ("left out", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in left.items()) or "none"),
-        ("users", f"{counts['users']:,}"),
-        ("items", f"{counts['items']:,} ({counts['items_warm']:,} in training)"),
-        ("split", f"{manifest['split']}: {counts['train']:,} train, {counts['valid']:,} valid, {counts['test']:,} test"),
-        ("positive events", f"{counts['positive']:,}"),
-    ]
-    rows += [("quarantine", f"{count:,} x {reason}") for reason, count in manifest["quarantine"].items()]
-    rows += [("note", note) for note in manifest["notes"]]
-    return [*rows, ("fingerprint", manifest["fingerprint"][:16])]

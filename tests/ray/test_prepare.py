@@ -228,6 +228,11 @@ def test_filters_by_training_events(tmp_path):
     assert histories(result) == {"a": ["x"] * 5}
     counts = result.manifest["counts"]
     assert (counts["rare_items_events"], counts["few_events_users_events"], counts["interactions"]) == (1, 1, 5)
+    assert counts["interactions_read"] == 7
+    with pytest.raises(ConfigError, match="no item has min_item_events = 99 training events"):
+        prepared(tmp_path, config=PrepareConfig(min_item_events=99))
+    with pytest.raises(ConfigError, match="leaves no training events; check min_user_events"):
+        prepared(tmp_path, config=PrepareConfig(min_user_events=99))
 
 
 def test_ordinal_data_refuses_a_time_split(tmp_path):
