@@ -135,7 +135,7 @@ def mean_with_intervals(
     draws = np.empty((resamples, len(names)))
     for row in range(resamples):
         weights = np.bincount(rng.integers(0, num_users, num_users), minlength=num_users)
-        totals = weights @ sums
+        totals = weights.astype(np.float64) @ sums  # an integer product would not go through BLAS
         draws[row] = totals[:-1] / totals[-1]
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
     result: dict[str, float | list[float]] = {}
