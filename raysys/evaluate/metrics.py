@@ -133,10 +133,11 @@ def mean_with_intervals(
     sums = np.concatenate([sums, np.bincount(group, minlength=num_users)[:, None]], axis=1)
     rng = np.random.default_rng(seed)
     draws = np.empty((resamples, len(names)))
-    for row in range(resamples):
-        weights = np.bincount(rng.integers(0, num_users, num_users), minlength=num_users)
-        totals = weights @ sums
-        draws[row] = totals[:-1] / totals[-1]
+    for first in range(0, resamples, 64):  # so many at once are one matrix product, and a few MB
+        size = min(64, resamples - first)
+        weights = np.stack([np.bincount(rng.integers(0, num_users, num_users), minlength=num_users) for _ in range(size)])
+        totals = weights.astype(np.float64) @ sums
+        draws[first : first + size] = totals[:, :-1] / totals[:, -1:]
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
     result: dict[str, float | list[float]] = {}
     for column, name in enumerate(names):

@@ -165,7 +165,7 @@ def _provenance(metrics: dict) -> list[tuple[str, str]]:
     bias = metrics["popularity_bias"]
     return [
         ("bundle", f"{metrics['model']['version']}, fitted on {metrics['model']['fit']}"),
-        ("data fingerprint", f"{metrics['data']['fingerprint']} (bundle: {metrics['model']['data']})"),
+        ("data fingerprint", f"{metrics['data']['fingerprint'][:12]}; the bundle was trained on {str(metrics['model']['data'])[:12]}"),
         ("targets seen before", f"{metrics['repeated_targets']:,} (misses when masked)"),
         ("targets unknown to the catalogue", f"{metrics['unknown_targets']:,} (misses)"),
         ("queries without history", f"{metrics['empty_histories']:,}"),

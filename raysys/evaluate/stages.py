@@ -98,7 +98,9 @@ class Stages:
         else:
             probabilities, labels = (np.concatenate(parts) for parts in zip(*self._candidates, strict=True))
             label, negatives = "held-out item", "the other retrieved candidates"
-        if not len(probabilities) or np.isnan(probabilities).any():
+        given = ~np.isnan(probabilities)  # none for empty histories
+        probabilities, labels = probabilities[given], labels[given]
+        if not len(probabilities):
             return {"auc": None, "logloss": None, "ece": None, "label": None, "negatives": None}
         curve = metrics.reliability(probabilities, labels)
         return {

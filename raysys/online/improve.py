@@ -25,8 +25,6 @@ from raysys.train.encoder import EncoderTrainConfig, train_encoder
 K = 10
 MAX_BATCH_SCORES = 1 << 21
 """Scores of one source in an evaluation batch."""
-COUNTED = ("covisit", "popularity")
-"""Sources that take new events by adding counts."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,9 @@ def _improve(bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> I
 
 def _updated(bundle: Bundle, sequences: Sequences, new: np.ndarray, replay: Sequences, config: OnlineConfig, seed: int) -> Bundle:
     models = dict(bundle.models)
-    for name in COUNTED:
-        if name in models:
-            models[name] = models[name].update(sequences, new)
+    if "covisit" in models:
+        models["covisit"] = models["covisit"].update(sequences, new)
+    models["popularity"] = models["popularity"].update(sequences.items[new], sequences.events[new], sequences.times[new])
     if "interest" in models and config.epochs > 0:
         models["interest"] = _fine_tuned(models["interest"], sequences, new, replay, config, seed)
     return Bundle(bundle.items, models, bundle.fusion, bundle.histories, bundle.manifest)

@@ -61,7 +61,7 @@ def popularity_bundle(order=range(6), fit="train"):
     popularity = Popularity.fit(flat_sequences(flat, flat, flat, np.array([0, len(flat)])), 6, PopularityConfig())
     items = pa.table({"item_idx": pa.array(range(6), pa.int32()), "item_id": [ITEM_IDS[i] for i in order], "num_train": counts})
     nobody = Histories.build(flat_sequences(np.array([]), np.array([]), np.array([]), np.array([0])), [], max_events=5)
-    fusion = {"mixture": {"weights": {"popularity": 1.0}, "temperatures": {}}, "ranker_weight": 0.0}
+    fusion = {"mixture": {"weights": {"popularity": 1.0}, "temperatures": {"popularity": 1.0}}, "ranker_weight": 0.0}
     return Bundle(items, {"popularity": popularity}, fusion, nobody, {"events": ["other", "view"], "fit": fit})
 
 
@@ -161,14 +161,16 @@ def test_what_cannot_be_evaluated_is_refused(prepared, model, tmp_path):
 
 
 class GivenProbabilities:
-    """A ranker that knows P(positive) of each item."""
+    """A ranker that knows P(positive) of each item, but nothing about users without history."""
+
+    sources = ()
 
     def __init__(self, probabilities):
         self.probabilities = np.array(probabilities, np.float32)
 
     def score(self, queries, candidates):
         chosen = np.where(candidates.items >= 0, self.probabilities[candidates.items], 0)
-        return np.log(chosen + 1e-9), chosen
+        return np.log(chosen + 1e-9), np.where(queries.lengths[:, None] == 0, np.nan, chosen)
 
 
 def stages_with_ranker(probabilities, ranker_weight=0.0):
@@ -191,8 +193,8 @@ def test_ranker_on_logged_events_by_hand():
 
 def test_ranker_on_candidates_where_no_logged_negatives_exist():
     stages = stages_with_ranker([0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
-    stages.add(Queries.from_lists([[0]]), np.array([1]))  # candidates b to f, b is taken
-    result = stages.ranker_figures(np.array([True]))
+    stages.add(Queries.from_lists([[0], []]), np.array([1, 2]))  # candidates b to f, b is taken; and one without probabilities
+    result = stages.ranker_figures(np.array([True, True]))
     assert result["label"] == "held-out item" and result["examples"] == 5
     assert result["auc"] == 1.0 and result["base_rate"] == 0.2
 

@@ -46,7 +46,10 @@ def trained():
         "covisit": Covisitation.fit(flat, N),
         "popularity": Popularity.fit(flat, N),
     }
-    fusion = {"mixture": Fusion({"interest": 0.5, "covisit": 0.45, "popularity": 0.05}, {}).to_dict(), "ranker_weight": 0.0}
+    fusion = {
+        "mixture": Fusion.of({"interest": 0.5, "covisit": 0.45, "popularity": 0.05}, dict.fromkeys(models, 1.0)).to_dict(),
+        "ranker_weight": 0.0,
+    }
     return flat, models, fusion
 
 
