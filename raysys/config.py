@@ -76,7 +76,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
 
 def to_dict(value: Any) -> Any:
     """A dataclass as plain dicts, lists and scalars, for YAML and JSON."""
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def read_yaml(uri: str) -> dict:

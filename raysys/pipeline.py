@@ -22,6 +22,8 @@ LIVE_FIRST_RANK = 3
 """Best place (0-based) a brand-new item can take: it displaces nobody from the very top unseen."""
 LIVE_MAX_RANK = 15
 """A new item is shown only where fewer than this many catalogue items fit the user better by content."""
+LIVE_TOLERANCE = 0.9
+"""Content scores within a tenth of each other count as equal: a new item need not beat a whole series of its like."""
 LIVE_MAX_SHARE = 0.3
 """At most this share of an answer are brand-new items."""
 
@@ -33,7 +35,7 @@ class Retrieved:
     Attributes:
         candidates: K per query, best fused first.
         profiles: (B, D) float32 content profile of each history; None without content vectors.
-        affinity: (B, LIVE_MAX_RANK) float32 content scores of the best fitting catalogue items, descending.
+        affinity: (B, LIVE_MAX_RANK) float32 content scores of the best fitting catalogue items that may be answered, descending.
     """
 
     candidates: Candidates
@@ -108,7 +110,10 @@ class Pipeline:
         if self.content is None:
             return Retrieved(candidates, None, None)
         profiles = self.content.profile(queries)
-        affinity = np.sort(profiles @ self.content.item_vectors.T, axis=1)[:, : -LIVE_MAX_RANK - 1 : -1]
+        similar = profiles @ self.content.item_vectors.T
+        if allowed is not None:
+            similar = np.where(allowed, similar, -1.0)
+        affinity = np.sort(similar, axis=1)[:, : -LIVE_MAX_RANK - 1 : -1]
         return Retrieved(candidates, profiles, affinity)
 
     def candidates_of(self, queries: Queries, items: np.ndarray, *, log_probs: dict[str, np.ndarray] | None = None) -> Candidates:
@@ -222,7 +227,7 @@ def live_ranks(profile: np.ndarray, affinity: np.ndarray, live_vectors: np.ndarr
         (M,) int64 0-based rank in the answer, or -1 where the item does not fit.
     """
     scores = live_vectors @ profile
-    better = (affinity[None, :] > scores[:, None]).sum(axis=1)
+    better = (affinity[None, :] * LIVE_TOLERANCE > scores[:, None]).sum(axis=1)
     fits = (better < len(affinity)) & (scores > 0)
     return np.where(fits, LIVE_FIRST_RANK + better, -1)
 

@@ -99,7 +99,8 @@ class EmbeddedLog:
         with open(os.path.join(self.folder, segment), "rb") as file:
             file.seek(start)
             content = file.read()
-        records, at = [], 0
+        records: list[Record] = []
+        at = 0
         while limit is None or len(records) < limit:
             record, size = _parse(content, at)
             if size == 0:

@@ -129,9 +129,9 @@ class EmbeddedState:
             cursor = txn.cursor(self._tables["item_feed"])
             if cursor.set_range(U64.pack(sequence + 1)):
                 for key, item_id in cursor:
-                    item = _item(txn.get(_item_key(item_id.decode()), db=self._tables["items"]))
+                    item = _item(txn.get(bytes(item_id), db=self._tables["items"]) or b"")
                     if item.sequence == U64.unpack(key)[0]:
-                        changed.append((item_id.decode(), item))
+                        changed.append((bytes(item_id).decode(), item))
         return changed
 
     def popular(self, k: int) -> list[str]:
@@ -212,7 +212,7 @@ class EmbeddedState:
         cursor = txn.cursor(self._tables["item_feed"])
         return U64.unpack(cursor.key())[0] if cursor.last() else 0
 
-    def _prune(self, txn: lmdb.Transaction) -> None:
+    def _prune(self, txn: Any) -> None:
         oldest = U64.pack(max(0, int((self.clock() - self.limits.event_id_window_s) * 1000)))
         cursor = txn.cursor(self._tables["event_id_times"])
         for _ in range(PRUNE_PER_COMMIT):

@@ -58,6 +58,12 @@ class RankerNetwork(nn.Module):
         config: shape.
     """
 
+    item_vectors: Tensor
+    content_vectors: Tensor
+    popularity: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, item_vectors: Tensor, content_vectors: Tensor, popularity: Tensor, num_sources: int, config: RankerConfig):
         super().__init__()
         dim, width = item_vectors.shape[1], config.attention_width

@@ -9,11 +9,11 @@ import os
 
 import ray
 from pydantic import BaseModel, ConfigDict, Field
-from ray.serve import Application
+from ray.serve import Application, Deployment
 
 from raysys import storage
 from raysys.errors import ConfigError
-from raysys.serve.deployments import Ingestion, Ingress, Ranking, Retrieval
+from raysys.serve import deployments
 from raysys.serve.settings import FAST_SETTINGS
 
 LOCAL_NODE = {"resources": {"node:__internal_head__": 0.001}}
@@ -47,10 +47,14 @@ def build(args: AppArgs) -> Application:
     on_node = LOCAL_NODE if storage.is_local(state) or storage.is_local(events) else {}
     if on_node and len([node for node in ray.nodes() if node["Alive"]]) > 1 and not storage.is_local(registry):
         logging.getLogger("ray.serve").warning("log and state are embedded: ingress and ingestion stay on the head node")
-    retrieval = Retrieval.bind(registry, args.threads)
-    ranking = Ranking.bind(registry, args.threads)
-    ingestion = Ingestion.options(ray_actor_options=_actor(on_node)).bind(events, state, args.history_events)
-    return Ingress.options(ray_actor_options=_actor(on_node)).bind(registry, state, retrieval, ranking, ingestion)
+    ingress, retrieval, ranking, ingestion = (_deployment(name) for name in ("Ingress", "Retrieval", "Ranking", "Ingestion"))
+    models = [stage.bind(registry, args.threads) for stage in (retrieval, ranking)]
+    writer = ingestion.options(ray_actor_options=_actor(on_node)).bind(events, state, args.history_events)
+    return ingress.options(ray_actor_options=_actor(on_node)).bind(registry, state, *models, writer)
+
+
+def _deployment(name: str) -> Deployment:
+    return getattr(deployments, name)  # `@serve.deployment` is typed as if it returned the class
 
 
 def _actor(on_node: dict) -> dict:

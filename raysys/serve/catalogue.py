@@ -74,8 +74,8 @@ class Catalogue:
     @cached_property
     def live_matrix(self) -> tuple[list[str], np.ndarray]:
         """Ids and (M, D) float32 vectors of live items that have content."""
-        ids = [item_id for item_id, vector in self.live.items() if vector is not None]
-        return ids, np.stack([self.live[item_id] for item_id in ids]) if ids else np.zeros((0, 0), np.float32)
+        found = [(item_id, vector) for item_id, vector in self.live.items() if vector is not None]
+        return [item_id for item_id, _ in found], np.stack([v for _, v in found]) if found else np.zeros((0, 0), np.float32)
 
     def known(self, item_id: str) -> bool:
         """Whether the item exists and is not deleted."""

@@ -98,8 +98,8 @@ def warm_up(pipeline: Pipeline) -> None:
 
 def _stack(queries: list[Queries]) -> Queries:
     lengths = [0, *(len(query.items) for query in queries)]
-    columns = [np.concatenate([getattr(query, name) for query in queries]) for name in ("items", "events", "times")]
-    return Queries(*columns, np.cumsum(lengths).astype(np.int64), np.concatenate([query.now for query in queries]))
+    items, events, times = (np.concatenate([getattr(query, name) for query in queries]) for name in ("items", "events", "times"))
+    return Queries(items, events, times, np.cumsum(lengths).astype(np.int64), np.concatenate([query.now for query in queries]))
 
 
 def _by_version(requests: list[tuple]) -> dict[Any, list[int]]:

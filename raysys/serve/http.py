@@ -10,7 +10,7 @@ import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -163,7 +163,7 @@ def create_app(
         except orjson.JSONDecodeError as error:
             raise SchemaError(f"expected a JSON body, {error}") from None
 
-    async def answer(request: Request, kind: type, handle: Callable[[Any], Awaitable[dict]]) -> Response:
+    async def answer(request: Request, kind: type[BaseModel], handle: Callable[[Any], Awaitable[dict]]) -> Response:
         try:
             body = kind.model_validate(await parse(request))
         except ValidationError as error:
@@ -173,7 +173,7 @@ def create_app(
         impressions.add(result)
         return JSON(result)
 
-    def documented(model: type) -> dict:
+    def documented(model: type[BaseModel]) -> dict:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schema.pop("$defs", None)
         return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}

@@ -408,7 +408,7 @@ class Recommender:
             if body.return_metadata:
                 item["metadata"] = self.catalogue.attributes(ranked.item_ids[at])
             items.append(item)
-        answer = {
+        answer: dict[str, Any] = {
             "recommendation_id": uuid.uuid4().hex,
             "user_id": body.user_id,
             "model_version": self.version.bundle.version if self.version is not None else None,

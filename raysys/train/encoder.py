@@ -74,7 +74,7 @@ class _Trainee(nn.Module):
     def forward(self, items: Tensor, events: Tensor, targets: Tensor, negatives: Tensor | None) -> Tensor:
         real = targets >= 0
         states = self.encoder(items, events)[real]
-        if self.loss == "sampled":
+        if negatives is not None:
             return sampled_softmax_loss(states, self.encoder.item_vectors(), targets[real], negatives)
         return full_softmax_loss(states, self.encoder.item_vectors(), targets[real])
 

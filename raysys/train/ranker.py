@@ -113,7 +113,16 @@ def train_ranker(
     return ranker, {**report, **_figures(ranker, logits, truth)}
 
 
-def _loss(network, queries, candidates, is_target, logged, rows, config, rng) -> torch.Tensor:  # noqa: ANN001
+def _loss(
+    network: RankerNetwork,
+    queries: Queries,
+    candidates: Candidates,
+    is_target: np.ndarray,
+    logged: Logged | None,
+    rows: np.ndarray,
+    config: RankerConfig,
+    rng: np.random.Generator,
+) -> torch.Tensor:
     picked = _pick(is_target[rows], candidates.items[rows], config.negatives, rng)
     query = take_queries(queries, rows)
     part = _take(candidates, rows, picked)
@@ -146,7 +155,9 @@ def _pick(is_target: np.ndarray, items: np.ndarray, negatives: int, rng: np.rand
     return np.argsort(priority, axis=1, kind="stable")[:, : negatives + 1]
 
 
-def _like_logits(network, queries, candidates, is_target, logged, rows) -> tuple[np.ndarray, np.ndarray]:  # noqa: ANN001
+def _like_logits(
+    network: RankerNetwork, queries: Queries, candidates: Candidates, is_target: np.ndarray, logged: Logged | None, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     logits, truth = [], []
     with torch.inference_mode():
         for part in np.array_split(rows, max(1, len(rows) // 256)):

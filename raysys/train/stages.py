@@ -204,7 +204,8 @@ class Worker:
             pipeline = self._pipeline(self._sources(learnt_from, self._encoder(), content_for="train"))
             report = self._choose_fusion(pipeline, self._sample(self.parts.choice, max(200, MAX_CHOICE_SCORES // self.num_items)))
             ranker_report: dict = {}
-            weight, by_weight = 0.0, {}
+            weight = 0.0
+            by_weight: dict[float, float] = {}
             if self.state["ranker"] is not None:
                 ranker_report = json.loads(self.state["ranker"]["report"])
                 pipeline.ranker = self._load_ranker()
@@ -411,6 +412,7 @@ class Worker:
         for rows in _chunks(len(positions), 256):
             query = queries[rows]
             candidates = pipeline.retrieve(query, allowed=seen_mask(query, self.num_items)).candidates
+            assert pipeline.ranker is not None
             logits, _ = pipeline.ranker.score(query, candidates)
             hit = candidates.items == targets[rows][:, None]
             for weight in RANKER_WEIGHTS:
@@ -466,9 +468,8 @@ def _chunks(count: int, size: int) -> list[slice]:
 
 
 def _concatenate(parts: list[Candidates]) -> Candidates:
-    return Candidates(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("items", "fused", "log_probs")), parts[0].sources
-    )
+    items, fused, log_probs = (np.concatenate([getattr(part, name) for part in parts]) for name in ("items", "fused", "log_probs"))
+    return Candidates(items, fused, log_probs, parts[0].sources)
 
 
 def _tensor_bytes(arrays: dict[str, np.ndarray]) -> bytes:

@@ -358,7 +358,7 @@ WRONG = [
     ("POST", "/v1/recommend", {"user_id": "u", "n": 3, "k": 4}, 400, None, "one of n, k and top_k"),
     ("POST", "/v1/recommend", {"user_id": "u", "offset": -1}, 400, "offset", "greater than or equal to 0"),
     ("POST", "/v1/recommend", {"user_id": "u", "offset": LIMITS.max_offset + 1}, 400, "offset", str(LIMITS.max_offset)),
-    ("POST", "/v1/recommend", {"user_id": ""}, 400, "user_id", "at least 1 character"),
+    ("POST", "/v1/recommend", {"user_id": ""}, 400, "user_id", "at least 1"),
     ("POST", "/v1/recommend", {"user_id": LONG}, 400, "user_id", str(LIMITS.max_id_length)),
     ("POST", "/v1/recommend", {"user_id": ["u"]}, 400, "user_id", "string"),
     ("POST", "/v1/recommend", {"user_id": True}, 400, "user_id", "string"),
@@ -456,7 +456,7 @@ def test_wrong_events_are_rejected_alone(shared_world, event, field, reason):
     "timestamp", [NOW, NOW * 1000, str(NOW), "2023-11-17T05:46:40Z", "2023-11-17T05:46:40", "2023-11-17T06:46:40+01:00"]
 )
 def test_timestamps_of_every_kind_mean_the_same_moment(shared_world, timestamp):
-    user = f"clock-{timestamp}"
+    user = f"clock-{timestamp!r}"
     assert shared_world.client.post("/v1/events", json={"user_id": user, "item_id": "i", "timestamp": timestamp}).json()["accepted"] == 1
     (event,) = shared_world.client.get(f"/v1/users/{user}").json()["events"]
     assert event["timestamp"] == pytest.approx(NOW, abs=0.01)
