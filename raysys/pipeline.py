@@ -66,7 +66,8 @@ class Pipeline:
     def use(self, fusion: Fusion) -> None:
         """Set the mixture, and with it the sources that are computed: those with weight, and those the ranker looks at."""
         self.fusion = fusion
-        looked_at = self.ranker.sources if self.ranker is not None else ()
+        # A retrieval replica holds no ranker, but must compute what the ranker elsewhere looks at.
+        looked_at = self.ranker.sources if self.ranker is not None else self.bundle.fusion.get("ranker_sources", ())
         models = self.bundle.models
         self.sources = {
             name: models[name] for name, weight in fusion.weights.items() if name in models and (weight > 0 or name in looked_at)

@@ -95,7 +95,7 @@ class Catalogue:
     def row(self, row: int) -> dict[str, Any]:
         """Attributes of a bundle row."""
         values = {name: self.items[name][row].as_py() for name in self.columns}
-        return {name: value for name, value in values.items() if value is not None and name != ITEM_ID}
+        return {name: value for name, value in values.items() if value not in (None, "", []) and name != ITEM_ID}
 
     def title(self, item_id: str) -> str:
         """Title, or the id where there is none."""

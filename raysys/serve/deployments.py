@@ -19,10 +19,11 @@ from ray.serve.handle import DeploymentHandle
 
 from raysys import storage
 from raysys.bundle import Bundle
-from raysys.errors import BundleError, ServeOverloaded, StateError
+from raysys.errors import ServeOverloaded
 from raysys.events.log import Record, open_log
 from raysys.events.state import StateLimits, open_state
 from raysys.events.store import EventStore
+from raysys.models.base import Candidates
 from raysys.pipeline import Pipeline
 from raysys.queries import Queries
 from raysys.registry import Registry
@@ -80,8 +81,8 @@ class Models:
                     pipeline = self.load_current()
                     if pipeline is not None:
                         warm_up(pipeline)
-                except (BundleError, OSError) as error:
-                    LOG.warning("cannot load the published version: %s", error)
+                except Exception as error:  # the thread must live: the next version may be sound
+                    LOG.error("cannot load the published version: %s: %s", type(error).__name__, error)
 
         threading.Thread(target=poll, daemon=True, name="follow-registry").start()
 
@@ -90,9 +91,16 @@ def warm_up(pipeline: Pipeline) -> None:
     """Run one request through, once a pipeline: the first call of torch and of lazy caches is the slow one."""
     if getattr(pipeline, "warm", False):
         return
-    query = Queries.from_lists([[0]] if pipeline.num_items else [[]])
-    pipeline.rank(query, pipeline.retrieve(query).candidates)
-    pipeline.explain(query, np.zeros(1, np.int64))
+    query = Queries.from_lists([[0]])
+    items = np.zeros((1, pipeline.num_candidates), np.int32)
+    names = tuple(pipeline.sources)
+    if pipeline.sources:
+        pipeline.retrieve(query)
+        pipeline.explain(query, np.zeros(1, np.int64))
+    elif pipeline.ranker is not None:
+        names = pipeline.ranker.sources
+    zeros = np.zeros(items.shape, np.float32)
+    pipeline.rank(query, Candidates(items, zeros, np.zeros((*items.shape, len(names)), np.float32), names))
     pipeline.warm = True  # type: ignore[attr-defined]
 
 
@@ -123,7 +131,6 @@ class Retrieval:
         self._models = Models(registry, only=("interest", "covisit", "content", "popularity", "dot_product"))
         pipeline = self._models.load_current()
         if pipeline is not None:
-            # Without a ranker in memory the warm-up exercises exactly what this replica runs.
             warm_up(pipeline)
         self._models.follow()
 
@@ -183,7 +190,9 @@ class Ranking:
     def __init__(self, registry: str, threads: int = 1):
         torch.set_num_threads(threads)
         self._models = Models(registry, only=("ranker",))
-        self._models.load_current()
+        pipeline = self._models.load_current()
+        if pipeline is not None:
+            warm_up(pipeline)
         self._models.follow()
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
@@ -234,6 +243,13 @@ class Ingestion:
         return self._store.receipt(record)
 
 
+def _raised(answer: Any) -> Any:
+    """A batched call hands an exception back as a value, so that it fails one request and not its whole batch."""
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
 class HandleBackend:
     """`recommender.Backend` over Serve handles."""
 
@@ -243,11 +259,11 @@ class HandleBackend:
     async def retrieve(self, version: str, query: Queries, k: int, allowed: np.ndarray | None, blocked: np.ndarray) -> RetrievedOne:
         """See `Backend.retrieve`."""
         bits = None if allowed is None or allowed.all() else np.packbits(allowed).tobytes()
-        return await self._retrieval.retrieve.remote((version, query, k, bits, blocked))
+        return _raised(await self._retrieval.retrieve.remote((version, query, k, bits, blocked)))
 
     async def rank(self, version: str, query: Queries, retrieved: RetrievedOne) -> tuple[np.ndarray, np.ndarray]:
         """See `Backend.rank`."""
-        return await self._ranking.rank.remote((version, query, retrieved))
+        return _raised(await self._ranking.rank.remote((version, query, retrieved)))
 
     async def explain(self, version: str, query: Queries, items: np.ndarray) -> list[tuple[str, int | None]]:
         """See `Backend.explain`."""
@@ -329,6 +345,6 @@ class Ingress:
             self._recommender.version = Version.of(bundle, catalogue)
             self._problem = None
             LOG.info("serving version %s", pointer.version)
-        except (BundleError, StateError, OSError) as error:
+        except Exception as error:  # the thread must live: the next version may be sound
             self._problem = str(error)
-            LOG.error("cannot serve the published version: %s", error)
+            LOG.error("cannot serve the published version: %s: %s", type(error).__name__, error)

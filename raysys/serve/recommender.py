@@ -8,6 +8,7 @@ Legend: K candidates, N bundle items, M live items.
 """
 
 import asyncio
+import logging
 import time
 import uuid
 from collections import Counter
@@ -27,6 +28,7 @@ from raysys.schema import HistoryEvent
 from raysys.serve.api import HistoryItem, RankBody, RecommendBody
 from raysys.serve.catalogue import Catalogue
 
+LOG = logging.getLogger("ray.serve")
 SOURCE_SHARE = 0.1
 """A source is named for an item when at least this share of the item's fused probability is its."""
 REASON_TEXT = {
@@ -175,7 +177,7 @@ class Recommender:
             call = self.backend.retrieve(version.bundle.version, query, k, allowed, blocked)
             retrieved = await asyncio.wait_for(call, self.budget.retrieval_s)
         except Exception as error:  # whatever broke, popularity still answers
-            self.counts[f"degraded_retrieval_{type(error).__name__}"] += 1
+            self._degraded("retrieval", error)
             ranked = self._fallback(need, blocked_ids, wanted, body.filter)
             return self._answer(body, ranked, stages, strategy="fallback", degraded=f"retrieval failed ({type(error).__name__})")
         stages.mark("retrieval")
@@ -218,7 +220,7 @@ class Recommender:
             call = self.backend.retrieve(version.bundle.version, query, max(1, len(rows)), allowed, np.zeros(0, np.int32))
             retrieved = await asyncio.wait_for(call, self.budget.retrieval_s)
         except Exception as error:
-            self.counts[f"degraded_retrieval_{type(error).__name__}"] += 1
+            self._degraded("retrieval", error)
             ranked = self._fallback(len(usable), set(), set(usable), {})
             return self._answer(body, ranked, stages, strategy="fallback", degraded=f"retrieval failed ({type(error).__name__})")
         stages.mark("retrieval")
@@ -236,6 +238,13 @@ class Recommender:
     async def similar(self, item_id: str, n: int) -> dict[str, Any]:
         """Answer `GET /v1/items/{item_id}/similar`: what follows from that item alone."""
         return await self.recommend(RecommendBody(history=[HistoryItem(item_id=item_id)], n=n, return_metadata=True))
+
+    def _degraded(self, stage: str, error: Exception) -> None:
+        """Count a failed stage; the first of each kind, and then every thousandth, is logged."""
+        name = f"degraded_{stage}_{type(error).__name__}"
+        if self.counts[name] % 1000 == 0:
+            LOG.warning("%s failed, the answer is degraded: %s: %s", stage, type(error).__name__, error, exc_info=error)
+        self.counts[name] += 1
 
     def _history(self, body: RecommendBody | RankBody, version: Version | None) -> tuple[list[HistoryEvent], str]:
         """Bundle history, then events since, then what the request itself brings; and the strategy that follows."""
@@ -285,7 +294,7 @@ class Recommender:
             scores, probabilities = await asyncio.wait_for(call, self.budget.ranking_s)
             return scores, probabilities, None
         except Exception as error:  # retrieval order is a good answer
-            self.counts[f"degraded_ranking_{type(error).__name__}"] += 1
+            self._degraded("ranking", error)
             return retrieved.fused, np.full(len(retrieved.fused), np.nan, np.float32), f"ranking failed ({type(error).__name__})"
 
     def _ranked(
@@ -351,7 +360,7 @@ class Recommender:
         try:
             found = await asyncio.wait_for(self.backend.explain(version.bundle.version, query, rows), self.budget.ranking_s)
         except Exception as error:
-            self.counts[f"degraded_explain_{type(error).__name__}"] += 1
+            self._degraded("explain", error)
             return [[] for _ in ranked.item_ids]
         reasons, by_row = [], iter(found)
         for row in ranked.rows:

@@ -261,7 +261,11 @@ class Worker:
         torch.save(self.state, os.path.join(folder, STATE))
         parts = {
             "metas": metas,
-            "fusion": {"mixture": fusion.to_dict(), "ranker_weight": weight},
+            "fusion": {
+                "mixture": fusion.to_dict(),
+                "ranker_weight": weight,
+                "ranker_sources": list(models["ranker"].sources) if "ranker" in models else [],
+            },
             "metrics": {
                 "validation": validation,
                 "left_out": report["left_out"],
