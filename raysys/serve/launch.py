@@ -29,8 +29,15 @@ from raysys.serve.settings import FAST_SETTINGS
 READY_TIMEOUT_S = 120.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MARKER = "RAYSYS_SERVICE"
-PRIVATE_CLUSTER = {"RAY_ADDRESS": "local", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-"""`serve run` would otherwise join whatever cluster it finds on the machine."""
+PRIVATE_CLUSTER = {
+    "RAY_ADDRESS": "local",  # `serve run` would otherwise join whatever cluster it finds on the machine
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",  # replicas share the processors; see cluster.py
+    # Nobody routes to this node after Ctrl-C, so nothing has to be drained for half a minute.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
+}
 HAPROXY_PORTS = (8404, 9101)
 """HAProxy's own statistics ports; all interfaces."""
 
@@ -175,7 +182,7 @@ def _stop(process: subprocess.Popen, port: int, marker: bytes) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
+            process.wait(timeout=15)
     for pid in _family(marker):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
