@@ -27,7 +27,6 @@ from safetensors.numpy import save as save_arrays
 
 from raysys import storage
 from raysys.bundle import Bundle, Histories
-from raysys.errors import SchemaError
 from raysys.features.text import TextEncoder, item_text
 from raysys.models.base import Candidates
 from raysys.models.content import ContentNeighbours
@@ -38,20 +37,16 @@ from raysys.models.interest import InterestEncoder, InterestRetriever
 from raysys.models.popularity import Popularity
 from raysys.pipeline import Pipeline, mix_scores, seen_mask
 from raysys.prepare.dataset import Prepared, Sequences
-from raysys.queries import Queries
-from raysys.schema import SPLIT_TRAIN, UNKNOWN_ITEM
+from raysys.schema import UNKNOWN_ITEM
 from raysys.train.config import TrainConfig
 from raysys.train.encoder import TrainResult, train_encoder
+from raysys.train.parts import MAX_HISTORY, Parts, chunks, new_encoder, sample, validation
 from raysys.train.ranker import Logged, train_ranker
 
 STATE, PARTS = "state.pt", "parts.json"
-MAX_HISTORY = 500
-"""Events of a history that a query carries; no model looks further back."""
 RANKER_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 MAX_CHOICE_SCORES = 60_000_000
 """Validation queries times items looked at when fusion is chosen; bounds memory."""
-MAX_VALIDATION_QUERIES = 3000
-"""Queries that early stopping looks at."""
 
 
 @dataclass(frozen=True)
@@ -63,41 +58,6 @@ class Plan:
     fit: str
     threads: int
     deadline: float | None
-
-
-class Parts:
-    """Who may learn from what.
-
-    Attributes:
-        all: every event; histories of queries are cut from it.
-        train: the training part.
-        fit: the training part without each user's last positions.
-        heldout: flat positions in `all` of those, where the ranker learns.
-        choice: flat positions where settings are chosen: the validation part, or half the users' held-out positions without one.
-    """
-
-    def __init__(self, sequences: Sequences, settings: TrainConfig):
-        self.all = sequences
-        is_train = (sequences.split == SPLIT_TRAIN) & (sequences.items != UNKNOWN_ITEM)
-        if is_train.sum() < 2:
-            raise SchemaError(f"expected at least two training events, found {int(is_train.sum())}; prepare more data or another split")
-        self.train = sequences.where(is_train)
-        counts = np.diff(self.train.indptr)
-        # About a tenth of each history, one event at least, and never more than it takes to feed the ranker.
-        wanted = int(np.clip(np.ceil(settings.max_ranker_queries / max(1, (counts >= 2).sum())), 1, 10))
-        held = np.where(counts >= 2, np.clip(np.round(0.1 * counts), 1, wanted), 0).astype(np.int64)
-        from_end = np.repeat(counts, counts) - 1 - (np.arange(len(self.train.items)) - np.repeat(self.train.indptr[:-1], counts))
-        is_held = from_end < np.repeat(held, counts)
-        self.fit = self.train.where(~is_held)
-        flat_train = np.flatnonzero(is_train)
-        self.heldout = flat_train[is_held]
-        valid = sequences.target_positions("valid")
-        self.has_validation = len(valid) > 0
-        if self.has_validation:
-            self.choice = valid
-        else:
-            odd = sequences.rows[self.heldout] % 2 == 1
-            self.choice, self.heldout = self.heldout[odd], self.heldout[~odd]
 
 
 def run_stages(loop: dict) -> None:
@@ -147,15 +107,8 @@ class Worker:
             self._choose()
 
     def _fit(self) -> None:
-        encoder = self._new_encoder()
-        counts = np.bincount(self.parts.fit.items, minlength=self.num_items)
-        positions = self._sample(self.parts.choice if self.parts.has_validation else self.parts.heldout, MAX_VALIDATION_QUERIES)
-        queries = self.parts.all.queries_before(positions, max_events=MAX_HISTORY)
-        targets = self.parts.all.items[positions]
-
-        def validate(candidate: InterestEncoder) -> float:
-            return ndcg_at_10(lambda rows: InterestRetriever.from_encoder(candidate, counts).scores(queries[rows]), queries, targets)
-
+        encoder = new_encoder(self.prepared, self.settings)
+        validate = validation(self.parts, self.settings, self.num_items)
         budget = self._share(0.6)
         self.say(f"encoder: fitting {len(self.parts.fit.items):,} events of {len(self.parts.fit):,} users, {self.num_items:,} items")
         result = self._train(encoder, self.parts.fit, "fit", deadline=budget, validate=validate)
@@ -167,8 +120,8 @@ class Worker:
         self.state["ranker"] = None
         if self.rank == 0 and len(self.parts.heldout):
             pipeline = self._pipeline(self._sources(self.parts.fit, self._encoder(), content_for="fit"))
-            positions = self._sample(self.parts.heldout, self.settings.max_ranker_queries)
-            report = self._choose_fusion(pipeline, self._sample(positions, 1500))
+            positions = sample(self.parts.heldout, self.settings.max_ranker_queries, self.settings.seed)
+            report = self._choose_fusion(pipeline, sample(positions, 1500, self.settings.seed))
             ranker, figures = self._train_ranker(pipeline, positions)
             arrays, meta = ranker.to_arrays()
             tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
@@ -202,7 +155,9 @@ class Worker:
         if self.rank == 0:
             learnt_from = self.parts.train if self.parts.has_validation else self.parts.fit
             pipeline = self._pipeline(self._sources(learnt_from, self._encoder(), content_for="train"))
-            report = self._choose_fusion(pipeline, self._sample(self.parts.choice, max(200, MAX_CHOICE_SCORES // self.num_items)))
+            report = self._choose_fusion(
+                pipeline, sample(self.parts.choice, max(200, MAX_CHOICE_SCORES // self.num_items), self.settings.seed)
+            )
             ranker_report: dict = {}
             weight = 0.0
             by_weight: dict[float, float] = {}
@@ -282,12 +237,8 @@ class Worker:
         }
         storage.write_json(os.path.join(folder, PARTS), parts)
 
-    def _new_encoder(self) -> InterestEncoder:
-        torch.manual_seed(self.settings.seed)  # the same start on every rank
-        return InterestEncoder(self.num_items, len(self.prepared.events), self.settings.interest)
-
     def _encoder(self) -> InterestEncoder:
-        encoder = self._new_encoder()
+        encoder = new_encoder(self.prepared, self.settings)
         encoder.load_state_dict(self.state["encoder"])
         return encoder.eval()
 
@@ -379,7 +330,7 @@ class Worker:
         queries = sequences.queries_before(positions, max_events=MAX_HISTORY)
         targets = sequences.items[positions].astype(np.int64)
         kept, singles = [], []
-        for rows in _chunks(len(positions), 256):
+        for rows in chunks(len(positions), 256):
             query = queries[rows]
             log_probs = pipeline.source_log_probs(query)
             retrieved = pipeline.retrieve(query, allowed=seen_mask(query, self.num_items), log_probs=log_probs)
@@ -409,11 +360,11 @@ class Worker:
 
     def _choose_ranker_weight(self, pipeline: Pipeline) -> tuple[float, dict[float, float]]:
         """The ranker's weight in the final score, 0 where it does not help on validation."""
-        positions = self._sample(self.parts.choice, 4000)
+        positions = sample(self.parts.choice, 4000, self.settings.seed)
         queries = self.parts.all.queries_before(positions, max_events=MAX_HISTORY)
         targets = self.parts.all.items[positions]
         gains: dict[float, list[np.ndarray]] = {weight: [] for weight in RANKER_WEIGHTS}
-        for rows in _chunks(len(positions), 256):
+        for rows in chunks(len(positions), 256):
             query = queries[rows]
             candidates = pipeline.retrieve(query, allowed=seen_mask(query, self.num_items)).candidates
             assert pipeline.ranker is not None
@@ -432,11 +383,6 @@ class Worker:
             best = 0.0
         return best, means
 
-    def _sample(self, positions: np.ndarray, count: int) -> np.ndarray:
-        if len(positions) <= count:
-            return positions
-        return np.sort(np.random.default_rng(self.settings.seed).choice(positions, count, replace=False))
-
     def _share(self, share: float) -> float | None:
         """The moment when a share of what is left of the time budget is used up."""
         if self.plan.deadline is None:
@@ -453,22 +399,6 @@ class Worker:
         ray.train.report({"stage": self.state["stage"], **(metrics or {})}, checkpoint=checkpoint)
         if folder is not None:
             storage.remove(folder)
-
-
-def ndcg_at_10(scores: Callable[[slice], np.ndarray], queries: Queries, targets: np.ndarray, *, chunk: int = 512) -> float:
-    """Masked full-catalogue NDCG@10 of one target a query; unknown targets are misses."""
-    total = 0.0
-    for rows in _chunks(len(targets), chunk):
-        values, target = scores(rows), targets[rows]
-        mine = values[np.arange(len(target)), np.maximum(target, 0)]
-        values[queries[rows].rows, queries[rows].items] = -np.inf
-        ranks = (values > mine[:, None]).sum(axis=1)
-        total += float(np.where((target >= 0) & (ranks < 10), 1.0 / np.log2(ranks + 2.0), 0.0).sum())
-    return total / max(1, len(targets))
-
-
-def _chunks(count: int, size: int) -> list[slice]:
-    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def _concatenate(parts: list[Candidates]) -> Candidates:
