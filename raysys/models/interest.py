@@ -38,6 +38,10 @@ class InterestConfig:
     """On embeddings, and on what attention and feed-forward add to the residual stream."""
     ffn_multiplier: int = 4
     """Hidden width of the feed-forward layer, in units of `dim`."""
+    event_dropout: float = 0.0
+    """Probability that a training input is blanked as a whole, so that no single event is relied on."""
+    temperature: float = 0.0
+    """Logits are cosines divided by this; 0 for plain dot products."""
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:
@@ -111,14 +115,18 @@ class InterestEncoder(nn.Module):
         x_BTD = self.items(items_BT) * self.config.dim**0.5 + self.positions.weight[: items_BT.shape[1]]
         if self.events is not None:
             x_BTD = x_BTD + self.events(events_BT)
+        if self.training and self.config.event_dropout:
+            x_BTD = x_BTD * (torch.rand_like(x_BTD[..., :1]) >= self.config.event_dropout)
         x_BTD = self.dropout(x_BTD)
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        return self.norm(x_BTD)
+        x_BTD = self.norm(x_BTD)
+        return F.normalize(x_BTD, dim=-1) / self.config.temperature if self.config.temperature else x_BTD
 
     def item_vectors(self) -> Tensor:
-        """(N, D) tied item vectors."""
-        return self.items.weight[: self.num_items]
+        """(N, D) vectors whose dot product with a state is a logit; tied to the input embedding."""
+        vectors_ND = self.items.weight[: self.num_items]
+        return F.normalize(vectors_ND, dim=-1) if self.config.temperature else vectors_ND
 
 
 class InterestRetriever:
