@@ -44,10 +44,16 @@ class InterestConfig:
     """Logits are cosines divided by this; 0 for plain dot products."""
 
     def __post_init__(self) -> None:
+        for name in ("dropout", "event_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"expected {name} in [0, 1), got {getattr(self, name)}")
+        for name in ("dim", "num_layers", "num_heads", "max_length", "ffn_multiplier"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.temperature < 0:
+            raise ValueError(f"expected temperature >= 0, got {self.temperature}")
         if self.dim % self.num_heads:
             raise ValueError(f"expected num_heads to divide dim, got dim={self.dim}, num_heads={self.num_heads}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"expected dropout in [0, 1), got {self.dropout}")
 
 
 class Block(nn.Module):

@@ -70,10 +70,9 @@ class TrainResult:
 class _Trainee(nn.Module):
     """Encoder and loss in one module, so that DistributedDataParallel sees every parameter used."""
 
-    def __init__(self, encoder: InterestEncoder, loss: str):
+    def __init__(self, encoder: InterestEncoder):
         super().__init__()
         self.encoder = encoder
-        self.loss = loss
 
     def forward(self, items: Tensor, events: Tensor, targets: Tensor, negatives: Tensor | None) -> Tensor:
         real = targets >= 0
@@ -116,7 +115,7 @@ def train_encoder(
         validate: figure to maximise, called on every rank (rank 0's answer decides); None keeps the last weights.
     """
     encoder.to(device)
-    trainee = _Trainee(encoder, config.loss)
+    trainee = _Trainee(encoder)
     module = wrap(trainee) if wrap is not None else trainee
     optimizer = _optimizer(module, config)
     kept = copy.deepcopy(encoder).eval() if config.ema else encoder
@@ -130,7 +129,7 @@ def train_encoder(
     steps_per_epoch = max(1, math.ceil(num_windows(sequences, encoder.config.max_length) / config.batch_size))
     for epoch in range(len(result.history) + 1, config.epochs + 1):
         # Decisions to stop must be the same on every rank, or the others wait in a collective for ever.
-        epochs_left = _agreed(_epochs_that_fit(config.epochs - epoch + 1, result.history, deadline), world_size, device)
+        epochs_left = int(_agreed(_epochs_that_fit(config.epochs - epoch + 1, result.history, deadline), world_size, device))
         if epochs_left == 0 or stale >= config.patience:
             break
         started = time.time()
