@@ -38,15 +38,12 @@ class InterestConfig:
     """On embeddings, and on what attention and feed-forward add to the residual stream."""
     ffn_multiplier: int = 4
     """Hidden width of the feed-forward layer, in units of `dim`."""
-    event_dropout: float = 0.0
-    """Probability that a training input is blanked as a whole, so that no single event is relied on."""
-    temperature: float = 0.0
-    """Logits are cosines divided by this; 0 for plain dot products."""
+    temperature: float = 0.07
+    """Logits are cosines of state and item vector divided by this, so that frequent items cannot win by length; 0 for dot products."""
 
     def __post_init__(self) -> None:
-        for name in ("dropout", "event_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"expected {name} in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"expected dropout in [0, 1), got {self.dropout}")
         for name in ("dim", "num_layers", "num_heads", "max_length", "ffn_multiplier"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
@@ -121,8 +118,6 @@ class InterestEncoder(nn.Module):
         x_BTD = self.items(items_BT) * self.config.dim**0.5 + self.positions.weight[: items_BT.shape[1]]
         if self.events is not None:
             x_BTD = x_BTD + self.events(events_BT)
-        if self.training and self.config.event_dropout:
-            x_BTD = x_BTD * (torch.rand_like(x_BTD[..., :1]) >= self.config.event_dropout)
         x_BTD = self.dropout(x_BTD)
         for block in self.blocks:
             x_BTD = block(x_BTD)

@@ -21,6 +21,9 @@ from raysys.prepare.dataset import Sequences
 from raysys.train.batches import batches, num_windows
 from raysys.train.loss import fast_dtype, full_softmax_loss, sampled_softmax_loss
 
+FINAL_LR = 0.05
+"""Learning rate at the end of training, as a share of its peak."""
+
 
 @dataclass(frozen=True)
 class EncoderTrainConfig:
@@ -32,12 +35,10 @@ class EncoderTrainConfig:
     """Sequences a step, over all workers."""
     lr: float = 2e-3
     """Peak learning rate of AdamW."""
-    final_lr: float = 0.05
-    """Learning rate at the end, as a share of `lr`."""
     weight_decay: float = 0.0
     """AdamW decay of all matrices, dimensionless."""
     warmup_steps: int = 100
-    """Steps of linear rise to `lr`; a cosine down to `final_lr` follows."""
+    """Steps of linear rise to `lr`; a cosine down to 5% of it follows."""
     ema: float = 0.0
     """Decay a step of the running average of the weights, which is what is validated and kept; 0 for the weights themselves."""
     loss: Literal["softmax", "sampled"] = "softmax"
@@ -203,11 +204,11 @@ def _optimizer(module: nn.Module, config: EncoderTrainConfig) -> torch.optim.Opt
 
 
 def _schedule(step: int, config: EncoderTrainConfig, total: int) -> float:
-    """Learning rate as a share of its peak: linear warm-up, then half a cosine down to `final_lr`."""
+    """Learning rate as a share of its peak: linear warm-up, then half a cosine down to FINAL_LR."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
-    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
