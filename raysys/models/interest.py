@@ -38,12 +38,19 @@ class InterestConfig:
     """On embeddings, and on what attention and feed-forward add to the residual stream."""
     ffn_multiplier: int = 4
     """Hidden width of the feed-forward layer, in units of `dim`."""
+    temperature: float = 0.07
+    """Logits are cosines of state and item vector divided by this, so that frequent items cannot win by length; 0 for dot products."""
 
     def __post_init__(self) -> None:
-        if self.dim % self.num_heads:
-            raise ValueError(f"expected num_heads to divide dim, got dim={self.dim}, num_heads={self.num_heads}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"expected dropout in [0, 1), got {self.dropout}")
+        for name in ("dim", "num_layers", "num_heads", "max_length", "ffn_multiplier"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.temperature < 0:
+            raise ValueError(f"expected temperature >= 0, got {self.temperature}")
+        if self.dim % self.num_heads:
+            raise ValueError(f"expected num_heads to divide dim, got dim={self.dim}, num_heads={self.num_heads}")
 
 
 class Block(nn.Module):
@@ -114,11 +121,13 @@ class InterestEncoder(nn.Module):
         x_BTD = self.dropout(x_BTD)
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        return self.norm(x_BTD)
+        x_BTD = self.norm(x_BTD)
+        return F.normalize(x_BTD, dim=-1) / self.config.temperature if self.config.temperature else x_BTD
 
     def item_vectors(self) -> Tensor:
-        """(N, D) tied item vectors."""
-        return self.items.weight[: self.num_items]
+        """(N, D) vectors whose dot product with a state is a logit; tied to the input embedding."""
+        vectors_ND = self.items.weight[: self.num_items]
+        return F.normalize(vectors_ND, dim=-1) if self.config.temperature else vectors_ND
 
 
 class InterestRetriever:

@@ -1,4 +1,4 @@
-"""Batches of user sequences with little padding: windows, length buckets, token budgets.
+"""Batches of user sequences with little padding: windows, sorted by length in buckets.
 
 Legend: B sequences, T positions.
 """
@@ -33,26 +33,24 @@ class Batch:
 def windows(sequences: Sequences, max_length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Cut every history into windows of at most `max_length` inputs with a next item each.
 
-    Histories that are longer are cut at a random phase, so that over the epochs
-    every position is seen with contexts of many lengths.
+    Together the windows hold every next item once. Histories that are longer are
+    cut at random places, so that over the epochs a position is seen with contexts
+    of many lengths.
 
     Returns:
         starts (W,) and stops (W,) int64 flat positions; a window holds `stop - start - 1` training positions.
     """
-    starts, stops = [], []
-    lengths = np.diff(sequences.indptr)
-    short = (lengths >= 2) & (lengths <= max_length + 1)
-    starts.append(sequences.indptr[:-1][short])
-    stops.append(sequences.indptr[1:][short])
-    for row in np.flatnonzero(lengths > max_length + 1):
-        first, last = sequences.indptr[row], sequences.indptr[row + 1]
-        # Counted from the end, so that with phase 0 the newest events fill a whole window.
-        ends = np.arange(last - rng.integers(0, max_length // 2 + 1), first + 1, -max_length)
-        starts.append(np.maximum(ends - max_length - 1, first))
-        stops.append(ends)
-    start, stop = np.concatenate(starts), np.concatenate(stops)
-    keep = stop - start >= 2
-    return start[keep], stop[keep]
+    first, last = sequences.indptr[:-1], sequences.indptr[1:]
+    num_targets = np.maximum(last - first - 1, 0)
+    # Only the newest window varies in length: a shift instead would drop the newest events, the ones most like those to come.
+    newest = np.where(num_targets > max_length, rng.integers((max_length + 1) // 2, max_length + 1, len(first)), max_length)
+    older = -(-np.maximum(num_targets - newest, 0) // max_length)
+    counts = np.where(num_targets > 0, 1 + older, 0)
+    row = np.repeat(np.arange(len(first)), counts)
+    nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    stop = last[row] - np.where(nth > 0, newest[row] + (nth - 1) * max_length, 0)
+    start = np.maximum(stop - 1 - np.where(nth > 0, max_length, newest[row]), first[row])
+    return start, stop
 
 
 def batches(
@@ -103,3 +101,9 @@ def _pad(sequences: Sequences, start: np.ndarray, stop: np.ndarray, padding: int
     targets = np.full(real.shape, -1, np.int64)
     items[real], events[real], targets[real] = sequences.items[take], sequences.events[take], sequences.items[take + 1]
     return Batch(items, events, targets, num_targets)
+
+
+def num_windows(sequences: Sequences, max_length: int) -> int:
+    """About how many windows an epoch has; exact where no history is longer than `max_length`."""
+    targets = np.maximum(np.diff(sequences.indptr) - 1, 0)
+    return int(np.ceil(targets / max_length).sum())

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from raysys.models.interest import InterestEncoder
 from raysys.prepare.dataset import Sequences
-from raysys.train.batches import batches
-from raysys.train.loss import full_softmax_loss, sampled_softmax_loss
+from raysys.train.batches import batches, num_windows
+from raysys.train.loss import fast_dtype, full_softmax_loss, sampled_softmax_loss
+
+FINAL_LR = 0.05
+"""Learning rate at the end of training, as a share of its peak."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class EncoderTrainConfig:
     """How the encoder learns."""
 
     epochs: int = 40
-    """Passes over the training sequences at most."""
+    """Passes over the training sequences at most; the learning rate falls over all of them."""
     batch_size: int = 256
     """Sequences a step, over all workers."""
     lr: float = 2e-3
@@ -36,6 +39,8 @@ class EncoderTrainConfig:
     """AdamW decay of all matrices, dimensionless."""
     warmup_steps: int = 100
     """Steps of linear rise to `lr`; a cosine down to 5% of it follows."""
+    ema: float = 0.0
+    """Decay a step of the running average of the weights, which is what is validated and kept; 0 for the weights themselves."""
     loss: Literal["softmax", "sampled"] = "softmax"
     """Cross-entropy over the whole catalogue, or over the target and shared negatives."""
     num_negatives: int = 1024
@@ -66,17 +71,16 @@ class TrainResult:
 class _Trainee(nn.Module):
     """Encoder and loss in one module, so that DistributedDataParallel sees every parameter used."""
 
-    def __init__(self, encoder: InterestEncoder, loss: str):
+    def __init__(self, encoder: InterestEncoder):
         super().__init__()
         self.encoder = encoder
-        self.loss = loss
 
     def forward(self, items: Tensor, events: Tensor, targets: Tensor, negatives: Tensor | None) -> Tensor:
         real = targets >= 0
         states = self.encoder(items, events)[real]
         if negatives is not None:
             return sampled_softmax_loss(states, self.encoder.item_vectors(), targets[real], negatives)
-        return full_softmax_loss(states, self.encoder.item_vectors(), targets[real])
+        return full_softmax_loss(states, self.encoder.item_vectors(), targets[real], dtype=fast_dtype(states.device))
 
 
 def train_encoder(
@@ -105,35 +109,35 @@ def train_encoder(
         world_size: number of workers.
         wrap: puts the module under DistributedDataParallel; None for one process.
         device: where the encoder runs.
-        on_epoch: called after each epoch with the state `resume` takes (same on all ranks but for random state).
+        on_epoch: called after each epoch with the state `resume` takes; it holds live tensors, so save it before returning.
         resume: a state from `on_epoch`; training goes on as if it had not stopped.
-        deadline: `time.time()` after which no new epoch starts.
-        validate: figure to maximise; None keeps the last weights.
+        deadline: `time.time()` by which to end; the learning rate falls over the epochs that fit (at least one is run),
+            so a result under a deadline depends on the speed of the machine.
+        validate: figure to maximise, called on every rank (rank 0's answer decides); None keeps the last weights.
     """
     encoder.to(device)
-    trainee = _Trainee(encoder, config.loss)
+    trainee = _Trainee(encoder)
     module = wrap(trainee) if wrap is not None else trainee
-    matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in module.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+    optimizer = _optimizer(module, config)
+    kept = copy.deepcopy(encoder).eval() if config.ema else encoder
     result, best, stale, step = TrainResult(), None, 0, 0
     if resume is not None:
         encoder.load_state_dict(resume["model"])
+        kept.load_state_dict(resume["kept"])
         optimizer.load_state_dict(resume["optimizer"])
         result = TrainResult(list(resume["history"]), resume["best_epoch"], resume["best_validation"])
         best, stale, step = resume["best"], resume["stale"], resume["step"]
-    steps_per_epoch = max(1, math.ceil(_num_windows(sequences, encoder.config.max_length) / config.batch_size))
-    total_steps = config.epochs * steps_per_epoch
+    steps_per_epoch = max(1, math.ceil(num_windows(sequences, encoder.config.max_length) / config.batch_size))
     for epoch in range(len(result.history) + 1, config.epochs + 1):
-        # Stopping decisions must be the same on every rank, or the others wait in a collective for ever.
-        if result.history and (stale >= config.patience or _any_rank(deadline is not None and time.time() > deadline, world_size)):
+        # Decisions to stop must be the same on every rank, or the others wait in a collective for ever.
+        epochs_left = int(_agreed(_epochs_that_fit(config.epochs - epoch + 1, result.history, deadline), world_size, device))
+        if epochs_left == 0 or stale >= config.patience:
             break
         started = time.time()
         torch.manual_seed((seed * 100_003 + epoch) * 1009 + rank)  # dropout differs by rank
         shared = np.random.default_rng([seed, epoch])
         module.train()
-        loss_sum, num_targets = 0.0, 0
+        loss_sum, num_targets = torch.zeros((), device=device), 0
         for batch in batches(
             sequences,
             max_length=encoder.config.max_length,
@@ -144,26 +148,29 @@ def train_encoder(
             world_size=world_size,
         ):
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * _schedule(step, config.warmup_steps, total_steps)
+                group["lr"] = config.lr * _schedule(step, config, (epoch - 1 + epochs_left) * steps_per_epoch)
             negatives = None
             if config.loss == "sampled":
                 negatives = torch.from_numpy(shared.integers(0, encoder.num_items, config.num_negatives)).to(device)
             tensors = (torch.from_numpy(array).to(device) for array in (batch.items, batch.events, batch.targets))
             total = module(*tensors, negatives)
             optimizer.zero_grad(set_to_none=True)
+            # DistributedDataParallel averages over ranks; times world_size that is the sum over all targets of the global batch.
             (total * (world_size / batch.num_targets)).backward()
             nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
             optimizer.step()
             step += 1
-            loss_sum += float(total.detach())
+            if kept is not encoder:
+                _average(kept, encoder, min(config.ema, step / (step + 10)))
+            loss_sum += total.detach()
             num_targets += batch.num_targets
-        entry: dict[str, Any] = {"epoch": epoch, "loss": loss_sum * world_size / max(1, num_targets), "validation": None}
-        if validate is not None and (epoch % config.validate_every == 0 or epoch == config.epochs):
-            module.eval()
-            entry["validation"] = figure = float(validate(encoder))
+        entry: dict[str, Any] = {"epoch": epoch, "loss": float(loss_sum) * world_size / max(1, num_targets), "validation": None}
+        if validate is not None and (epoch % config.validate_every == 0 or epochs_left == 1):
+            kept.eval()
+            entry["validation"] = figure = _agreed(float(validate(kept)), world_size, device)
             if result.best_validation is None or figure > result.best_validation:
                 result.best_validation, result.best_epoch, stale = figure, epoch, 0
-                best = copy.deepcopy(encoder.state_dict())
+                best = copy.deepcopy(kept.state_dict())
             else:
                 stale += 1
         entry["seconds"] = round(time.time() - started, 2)
@@ -172,6 +179,7 @@ def train_encoder(
             on_epoch(
                 {
                     "model": encoder.state_dict(),
+                    "kept": kept.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "history": result.history,
                     "best_epoch": result.best_epoch,
@@ -181,29 +189,43 @@ def train_encoder(
                     "step": step,
                 }
             )
-    if best is not None:
-        encoder.load_state_dict(best)
-    elif result.history:
+    encoder.load_state_dict(kept.state_dict() if best is None else best)
+    if best is None and result.history:
         result.best_epoch = result.history[-1]["epoch"]
     encoder.eval()
     return result
 
 
-def _schedule(step: int, warmup: int, total: int) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
+def _optimizer(module: nn.Module, config: EncoderTrainConfig) -> torch.optim.Optimizer:
+    matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in module.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
 
 
-def _num_windows(sequences: Sequences, max_length: int) -> int:
-    lengths = np.diff(sequences.indptr)
-    return int(np.ceil(np.maximum(lengths[lengths >= 2] - 1, 1) / max_length).sum())
+def _schedule(step: int, config: EncoderTrainConfig, total: int) -> float:
+    """Learning rate as a share of its peak: linear warm-up, then half a cosine down to FINAL_LR."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
+    return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _any_rank(value: bool, world_size: int) -> bool:
+@torch.no_grad()
+def _average(kept: nn.Module, current: nn.Module, decay: float) -> None:
+    torch._foreach_lerp_(list(kept.parameters()), list(current.parameters()), 1 - decay)
+
+
+def _epochs_that_fit(wanted: int, history: list[dict], deadline: float | None) -> float:
+    if deadline is None or not history:
+        return wanted
+    return max(0, min(wanted, int((deadline - time.time()) / np.median([entry["seconds"] for entry in history]))))
+
+
+def _agreed(value: float, world_size: int, device: torch.device | str) -> float:
+    """Rank 0's value on every rank."""
     if world_size == 1:
         return value
-    flag = torch.tensor([int(value)])
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
+    shared = torch.tensor([value], dtype=torch.float64, device=device)
+    torch.distributed.broadcast(shared, src=0)
+    return float(shared.item())

@@ -12,49 +12,53 @@ class _FullSoftmax(torch.autograd.Function):
     """Cross-entropy of `states @ vectors.T` without keeping a (P, N) matrix.
 
     Gradients are computed in the forward pass, chunk by chunk, while the logits
-    are still in cache; on a CPU the (P, N) passes of plain cross-entropy, not
-    its products, are what costs.
+    are still in cache: on a CPU the (P, N) passes of plain cross-entropy, not
+    its products, are what costs. The target's -1 is applied to the (P, D)
+    results instead of the (P, N) probabilities, which saves another pass and
+    keeps it exact in bfloat16.
     """
 
     @staticmethod
-    def forward(ctx, states_PD: Tensor, vectors_ND: Tensor, targets_P: Tensor, chunk: int) -> Tensor:
-        need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(ctx, states_PD: Tensor, vectors_ND: Tensor, targets_P: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+        vectors, states = vectors_ND.to(dtype), states_PD.to(dtype)
         grad_states, grad_vectors = torch.empty_like(states_PD), torch.zeros_like(vectors_ND)
+        need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = states_PD.new_zeros(())
         for start in range(0, len(states_PD), chunk):
             rows = slice(start, start + chunk)
-            states, targets = states_PD[rows], targets_P[rows]
-            logits = states @ vectors_ND.T
-            picked = logits.gather(1, targets[:, None])
-            peak = logits.max(dim=1, keepdim=True).values
-            exponentials = logits.sub_(peak).exp_()
-            mass = exponentials.sum(dim=1, keepdim=True)
-            total += (peak + mass.log() - picked).sum()
+            probabilities = torch.softmax(states[rows] @ vectors.T, dim=1)
+            picked = probabilities.gather(1, targets_P[rows, None]).float()
+            total -= picked.clamp_min(torch.finfo(torch.float32).tiny).log().sum()
             if need_grad:
-                probabilities = exponentials.div_(mass)
-                probabilities.scatter_add_(1, targets[:, None], torch.full_like(picked, -1.0))
-                torch.mm(probabilities, vectors_ND, out=grad_states[rows])
-                grad_vectors.addmm_(probabilities.T, states)
+                grad_states[rows] = probabilities @ vectors
+                grad_vectors += probabilities.T @ states[rows]
+        if need_grad:
+            grad_states -= vectors_ND[targets_P]
+            grad_vectors.index_add_(0, targets_P, states_PD, alpha=-1)
         ctx.save_for_backward(grad_states, grad_vectors)
         return total
 
     @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (grad_output,) = grad_outputs
         grad_states, grad_vectors = ctx.saved_tensors
-        return grad_states * grad_output, grad_vectors * grad_output, None, None
+        return grad_states * grad_output, grad_vectors * grad_output, None, None, None
 
 
-def full_softmax_loss(states_PD: Tensor, vectors_ND: Tensor, targets_P: Tensor, *, chunk: int = 256) -> Tensor:
+def full_softmax_loss(
+    states_PD: Tensor, vectors_ND: Tensor, targets_P: Tensor, *, chunk: int = 256, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Summed cross-entropy over the whole catalogue, in nats.
 
     Args:
         states_PD: (P, D) float32.
         vectors_ND: (N, D) float32.
         targets_P: (P,) int64 rows of the next items.
-        chunk: positions a block; memory is `chunk * N` floats.
+        chunk: positions a block; memory is `chunk * N` numbers.
+        dtype: of logits and probabilities; sums and results stay float32. bfloat16 is
+            4 times as fast on a CPU that has it and puts .2% of noise on the gradient.
     """
-    return _FullSoftmax.apply(states_PD, vectors_ND, targets_P, chunk)
+    return _FullSoftmax.apply(states_PD, vectors_ND, targets_P, chunk, dtype)
 
 
 def sampled_softmax_loss(
@@ -62,25 +66,33 @@ def sampled_softmax_loss(
 ) -> Tensor:
     """Summed cross-entropy over the target and shared sampled negatives, in nats.
 
-    Each position's own target is removed from its negatives (an accidental hit).
-    With `log_q_N`, logits are corrected by the log of the sampling probability,
-    so that the expectation of the gradient approaches that of the full softmax.
+    Each negative stands for the `1 / (S q)` items it was drawn for (logQ
+    correction), so the loss tends to the full softmax as S grows; a position's
+    own target is removed from its negatives (an accidental hit).
 
     Args:
         states_PD: (P, D) float32.
         vectors_ND: (N, D) float32.
         targets_P: (P,) int64.
-        negatives_S: (S,) int64 rows, drawn once for all positions.
-        log_q_N: (N,) float32 log sampling probability an item; None where it is uniform.
+        negatives_S: (S,) int64 rows, drawn with replacement once for all positions.
+        log_q_N: (N,) float32 log-probability of an item in one draw; None where it is uniform.
 
     Source:
-        Yi et al., "Sampling-bias-corrected neural modeling", RecSys 2019 (logQ).
+        Bengio & Senecal, "Adaptive importance sampling to accelerate training of a neural probabilistic language model",
+        IEEE TNN 2008; Yi et al., "Sampling-bias-corrected neural modeling", RecSys 2019.
     """
+    num_items, num_negatives = len(vectors_ND), len(negatives_S)
+    log_q_S = vectors_ND.new_full((num_negatives,), num_items).log().neg() if log_q_N is None else log_q_N[negatives_S]
     positive = (states_PD * vectors_ND[targets_P]).sum(dim=1, keepdim=True)
-    negative = states_PD @ vectors_ND[negatives_S].T
-    if log_q_N is not None:
-        positive = positive - log_q_N[targets_P][:, None]
-        negative = negative - log_q_N[negatives_S]
+    negative = states_PD @ vectors_ND[negatives_S].T - log_q_S - vectors_ND.new_tensor(float(num_negatives)).log()
     negative = negative.masked_fill(negatives_S[None, :] == targets_P[:, None], float("-inf"))
     logits = torch.cat([positive, negative], dim=1)
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device), reduction="sum")
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """Bfloat16 where the device computes with it, float32 elsewhere (emulation is slower than float32)."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if supported() else torch.float32

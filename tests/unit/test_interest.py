@@ -1,0 +1,115 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from raysys.models.base import Retriever
+from raysys.models.interest import NO_EVIDENCE, InterestConfig, InterestEncoder, InterestRetriever
+from raysys.queries import Queries
+
+N = 30
+SHAPES = [
+    InterestConfig(dim=16, max_length=8, temperature=0.0),
+    InterestConfig(dim=16, max_length=8, num_layers=1, num_heads=1, temperature=0.1),
+]
+
+
+def _encoder(config=SHAPES[0], num_event_types=2, seed=0):
+    torch.manual_seed(seed)
+    encoder = InterestEncoder(N, num_event_types, config)
+    with torch.no_grad():  # larger than at the start of training, so that differences show
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        encoder.items.weight[N].zero_()
+    return encoder.eval()
+
+
+def _retriever(**kwargs):
+    return InterestRetriever.from_encoder(_encoder(**kwargs), np.array([0, 0] + [1] * (N - 2)))
+
+
+def _histories():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, N, length).tolist() for length in (3, 0, 8, 1, 20, 9)]
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_later_events_do_not_change_earlier_states(config):
+    encoder = _encoder(config)
+    items = torch.randint(0, N, (2, 8))
+    changed = items.clone()
+    changed[:, 5:] = (changed[:, 5:] + 1) % N
+    events = torch.ones_like(items)
+    before, after = encoder(items, events), encoder(changed, events)
+    torch.testing.assert_close(before[:, :5], after[:, :5])
+    assert (before[:, 5:] - after[:, 5:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_batch_equals_single(config):
+    retriever = _retriever(config=config)
+    together = retriever.scores(Queries.from_lists(_histories()))
+    assert together.shape == (6, N) and together.dtype == np.float32 and np.isfinite(together).all()
+    for row, history in enumerate(_histories()):
+        np.testing.assert_allclose(retriever.scores(Queries.from_lists([history]))[0], together[row], atol=1e-4, rtol=1e-5)
+
+
+def test_only_the_last_events_count():
+    retriever = _retriever()
+    long = list(range(20))
+    scores = retriever.scores(Queries.from_lists([long, long[-8:], long[-7:]]))
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
+    assert np.abs(scores[0] - scores[2]).max() > 1e-3
+
+
+def test_empty_history_has_no_opinion_and_cold_items_come_last():
+    scores = _retriever().scores(Queries.from_lists(_histories()))
+    assert not scores[1].any()
+    filled = np.delete(scores, 1, axis=0)
+    assert (filled[:, :2] == np.float32(NO_EVIDENCE)).all()
+    assert (filled[:, 2:] > NO_EVIDENCE / 2).all()
+
+
+def test_no_queries_give_no_rows():
+    assert _retriever().scores(Queries.from_lists([])).shape == (0, N)
+
+
+def test_scores_are_dot_products_with_the_item_vectors():
+    retriever = _retriever(config=SHAPES[1])
+    queries = Queries.from_lists([[5, 6, 7]])
+    users = retriever.user_vectors(queries)
+    np.testing.assert_allclose(retriever.scores(queries)[0, 2:], (users @ retriever.item_vectors.T)[0, 2:])
+    np.testing.assert_allclose(np.linalg.norm(retriever.item_vectors, axis=1), 1.0, atol=1e-5)
+    assert np.linalg.norm(users) == pytest.approx(1 / 0.1, rel=1e-4)
+
+
+def test_event_types_matter_only_where_there_are_several():
+    queries = [Queries.from_lists([[3, 4, 5]], events=[[code] * 3]) for code in (1, 2)]
+    single, several = _retriever(), _retriever(num_event_types=3)
+    np.testing.assert_array_equal(single.scores(queries[0]), single.scores(queries[1]))
+    assert np.abs(several.scores(queries[0]) - several.scores(queries[1])).max() > 1e-3
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_arrays_bring_the_same_model_back(config):
+    retriever = _retriever(config=config, num_event_types=4)
+    arrays, meta = retriever.to_arrays()
+    again = InterestRetriever.from_arrays(arrays, meta)
+    queries = Queries.from_lists(_histories())
+    np.testing.assert_array_equal(again.scores(queries), retriever.scores(queries))
+    assert isinstance(again, Retriever)
+    assert again.encoder.config == config
+
+
+def test_training_noise_is_off_in_a_retriever():
+    config = dataclasses.replace(SHAPES[0], dropout=0.5)
+    retriever = InterestRetriever.from_encoder(_encoder(config).train(), np.ones(N))
+    queries = Queries.from_lists([[1, 2, 3]])
+    np.testing.assert_array_equal(retriever.scores(queries), retriever.scores(queries))
+
+
+@pytest.mark.parametrize("wrong", [{"dim": 10, "num_heads": 4}, {"dropout": 1.0}, {"temperature": -1.0}, {"max_length": 0}])
+def test_impossible_shapes_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        InterestConfig(**wrong)

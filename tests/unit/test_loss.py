@@ -1,0 +1,72 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from raysys.train.loss import full_softmax_loss, sampled_softmax_loss
+
+
+def _problem(P=37, N=50, D=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(P, D, generator=generator, requires_grad=True)
+    vectors = torch.randn(N, D, generator=generator, requires_grad=True)
+    return states, vectors, torch.randint(0, N, (P,), generator=generator)
+
+
+def _gradients(loss, *tensors):
+    return torch.autograd.grad(loss, tensors)
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 37, 1000])
+def test_full_softmax_is_cross_entropy_over_all_items(chunk):
+    states, vectors, targets = _problem()
+    expected = F.cross_entropy(states @ vectors.T, targets, reduction="sum")
+    loss = full_softmax_loss(states, vectors, targets, chunk=chunk)
+    torch.testing.assert_close(loss, expected)
+    for found, wanted in zip(_gradients(3 * loss, states, vectors), _gradients(3 * expected, states, vectors)):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_softmax_is_close_and_returns_float32():
+    states, vectors, targets = _problem()
+    expected = full_softmax_loss(states, vectors, targets)
+    loss = full_softmax_loss(states, vectors, targets, dtype=torch.bfloat16)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+    for found, wanted in zip(_gradients(loss, states, vectors), _gradients(expected, states, vectors)):
+        assert found.dtype == torch.float32
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_full_softmax_of_no_positions_is_zero():
+    states, vectors, targets = _problem(P=0)
+    loss = full_softmax_loss(states, vectors, targets)
+    grad_states, grad_vectors = _gradients(loss, states, vectors)
+    assert loss.item() == 0 and grad_states.shape == (0, 8) and not grad_vectors.any()
+
+
+def test_hopeless_target_gives_a_finite_loss():
+    states, vectors = torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]])
+    assert math.isfinite(full_softmax_loss(states, vectors, torch.tensor([1])).item())
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_sampled_softmax_tends_to_full_softmax(skewed):
+    states, vectors, targets = _problem(N=20)
+    weights = torch.arange(1.0, 21.0) if skewed else torch.ones(20)
+    negatives = torch.multinomial(weights, 200_000, replacement=True, generator=torch.Generator().manual_seed(1))
+    log_q = (weights / weights.sum()).log() if skewed else None
+    loss = sampled_softmax_loss(states, vectors, targets, negatives, log_q)
+    expected = F.cross_entropy(states @ vectors.T, targets, reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+    found, wanted = _gradients(loss, vectors)[0], _gradients(expected, vectors)[0]
+    assert (found - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_accidental_hits_do_not_count_as_negatives():
+    states, vectors, targets = _problem()
+    loss = sampled_softmax_loss(states, vectors, targets, targets[:1].repeat(5))
+    alone = sampled_softmax_loss(states[:1], vectors, targets[:1], targets[:1].repeat(5))
+    assert alone.item() == 0.0
+    assert loss.item() > 0.0
