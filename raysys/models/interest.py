@@ -36,7 +36,7 @@ class InterestConfig:
     """Last events of a history that are looked at."""
     dropout: float = 0.2
     """On embeddings, and on what attention and feed-forward add to the residual stream."""
-    ffn_multiplier: int = 4
+    ffn_multiplier: int = 1
     """Hidden width of the feed-forward layer, in units of `dim`."""
     temperature: float = 0.07
     """Logits are cosines of state and item vector divided by this, so that frequent items cannot win by length; 0 for dot products."""

@@ -92,10 +92,11 @@ def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np
     lengths = lengths[lengths > 0]
     mean, long = float(lengths.mean()) if len(lengths) else 0.0, float(np.quantile(lengths, 0.9)) if len(lengths) else 0.0
     dense = mean >= DENSE_LENGTH
+    steps = max(1.0, float(lengths.sum()) / 1500)
     wanted: dict[str, dict[str, Any]] = {
         "interest": {"dropout": 0.2 if dense else 0.5, "max_length": int(np.clip(2 ** np.ceil(np.log2(max(long, 1))), 16, 200))},
         "encoder": {
-            "batch_size": int(np.clip(2 ** np.round(np.log2(max(lengths.sum(), 1) / 1500)), 16, 128 if dense else 256)),
+            "batch_size": int(np.clip(2 ** np.round(np.log2(steps)), 16, 128 if dense else 256)),
             "loss": "sampled" if num_items > LARGE_CATALOGUE else "softmax",
         },
     }

@@ -29,25 +29,25 @@ FINAL_LR = 0.05
 class EncoderTrainConfig:
     """How the encoder learns."""
 
-    epochs: int = 40
+    epochs: int = 20
     """Passes over the training sequences at most; the learning rate falls over all of them."""
     batch_size: int = 256
     """Sequences a step, over all workers."""
-    lr: float = 2e-3
+    lr: float = 4e-3
     """Peak learning rate of AdamW."""
-    weight_decay: float = 0.0
+    weight_decay: float = 0.1
     """AdamW decay of all matrices, dimensionless."""
     warmup_steps: int = 100
     """Steps of linear rise to `lr`; a cosine down to 5% of it follows."""
-    ema: float = 0.0
+    ema: float = 0.99
     """Decay a step of the running average of the weights, which is what is validated and kept; 0 for the weights themselves."""
     loss: Literal["softmax", "sampled"] = "softmax"
     """Cross-entropy over the whole catalogue, or over the target and shared negatives."""
     num_negatives: int = 1024
     """Uniform negatives a step for the sampled loss."""
-    patience: int = 6
+    patience: int = 3
     """Validations without a better figure before stopping."""
-    validate_every: int = 1
+    validate_every: int = 2
     """Epochs between validations."""
     clip_norm: float = 1.0
     """Gradient norm is cut to this."""
