@@ -17,7 +17,7 @@ from raysys.train.encoder import EncoderTrainConfig, _Trainee, train_encoder
 
 N = 20
 SHAPE = InterestConfig(dim=16, num_layers=1, num_heads=1, max_length=6, dropout=0.1, ffn_multiplier=1, temperature=0.0)
-TRAINING = EncoderTrainConfig(epochs=8, batch_size=32, lr=1e-2, warmup_steps=5)
+TRAINING = EncoderTrainConfig(validate_every=1, ema=0.0, weight_decay=0.0, epochs=8, batch_size=32, lr=1e-2, warmup_steps=5)
 
 
 def _sequences(histories):
