@@ -8,6 +8,7 @@ Source: Kang & McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018; p
 Klenitskiy & Vasilev, "Turning Dross Into Gold Loss", RecSys 2023.
 """
 
+import copy
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -134,16 +135,17 @@ class InterestRetriever:
     """A trained encoder as a retrieval source.
 
     Args:
-        encoder: trained.
+        encoder: trained; copied to the CPU.
         warm: (N,) bool, items with at least one training interaction.
     """
 
     name = "interest"
 
     def __init__(self, encoder: InterestEncoder, warm: np.ndarray):
-        self.encoder = encoder.eval().cpu()
+        # A copy: moving or freezing the caller's encoder in the middle of its training would break it.
+        self.encoder = copy.deepcopy(encoder).eval().cpu()
         self.warm = warm.astype(bool)
-        self.item_vectors = encoder.item_vectors().detach().numpy().copy()
+        self.item_vectors = self.encoder.item_vectors().detach().numpy().copy()
 
     @classmethod
     def from_encoder(cls, encoder: InterestEncoder, item_counts: np.ndarray) -> "InterestRetriever":

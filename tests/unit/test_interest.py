@@ -102,6 +102,17 @@ def test_arrays_bring_the_same_model_back(config):
     assert again.encoder.config == config
 
 
+def test_a_retriever_leaves_the_encoder_it_came_from_alone():
+    encoder = _encoder().train()
+    retriever = InterestRetriever.from_encoder(encoder, np.ones(N))
+    before = retriever.scores(Queries.from_lists([[1, 2, 3]]))
+    assert encoder.training
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    np.testing.assert_array_equal(retriever.scores(Queries.from_lists([[1, 2, 3]])), before)
+
+
 def test_training_noise_is_off_in_a_retriever():
     config = dataclasses.replace(SHAPES[0], dropout=0.5)
     retriever = InterestRetriever.from_encoder(_encoder(config).train(), np.ones(N))
