@@ -14,10 +14,15 @@ import numpy as np
 
 POPULARITY_FLOOR = 1e-4
 """Least weight of popularity: it orders what no other source has an opinion on, and answers to empty histories."""
-TEMPERATURES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
-"""Candidates for a source's temperature, relative to the spread of its scores."""
-STEPS = (0.0, 0.25, 0.5, 0.75, 1.33, 2.0, 4.0)
+TEMPERATURES = (0.02, 0.04, 0.07, 0.12, 0.2, 0.35, 0.6, 1.0, 2.0, 5.0)
+"""Candidates for a source's temperature, relative to the distance of its first from its hundredth score."""
+RATIOS = (0.1, 0.3, 1.0, 3.0)
+"""Weights tried for a source that joins, relative to the first one's 1."""
+STEPS = (0.5, 0.75, 1.33, 2.0)
 """Factors tried on a weight in coordinate ascent."""
+MAX_PASSES = 4
+MIN_GAIN = 2e-4
+"""NDCG that a source must add to be used: less is noise of the validation sample."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,11 @@ def choose_fusion(
     targets: np.ndarray,
     allowed: Callable[[slice], np.ndarray],
     *,
-    start: Mapping[str, float] | None = None,
     cutoff: int = 10,
-    keep: int = 300,
+    keep: int = 100,
     chunk: int = 256,
-    rounds: int = 3,
 ) -> tuple[Fusion, dict]:
-    """Temperatures, then weights, that maximise NDCG on validation queries.
+    """Sources, weights and temperatures that maximise NDCG on validation queries, by greedy forward selection.
 
     Only the best `keep` items of each source and the target are looked at: no
     other item can reach the first `cutoff` places. That bounds memory to
@@ -95,60 +98,80 @@ def choose_fusion(
         sources: name -> scores of a slice of the V queries, (b, N) float32.
         targets: (V,) int64 item rows; rows that are masked or unknown never hit.
         allowed: slice -> (b, N) bool mask of items that may be answered.
-        start: weights to begin from; equal ones when None.
         cutoff: k of NDCG@k.
         keep: best items a source that are looked at.
         chunk: queries at once.
-        rounds: passes of coordinate ascent.
 
     Returns:
         The fusion, and a report: ndcg of each source alone, of each left out, and fused.
     """
-    names = list(sources)
     pools = _Pools(sources, targets, allowed, keep=keep, chunk=chunk)
+    names = list(sources)
+    # A model's own softmax is what its loss calibrated; scores of the others have no such scale, so theirs is searched.
     temperatures = {name: 1.0 for name in names}
-    base = "interest" if "interest" in names else max(names, key=lambda name: pools.ndcg({name: 1.0}, temperatures, cutoff))
-    # The model's own softmax is calibrated by its loss; others are scaled to add most to it.
-    for name in names:
-        if name == base:
-            continue
-        spread = pools.spread[name]
 
-        def gain(factor: float, name: str = name, spread: float = spread) -> float:
-            return pools.ndcg({base: 0.5, name: 0.5}, {**temperatures, name: factor * spread}, cutoff)
+    def figure(weights: Mapping[str, float], chosen: Mapping[str, float]) -> float:
+        return pools.ndcg(weights, chosen, cutoff)
 
-        temperatures[name] = max(TEMPERATURES, key=gain) * spread
-    weights = dict(start) if start is not None else {name: 1.0 / len(names) for name in names}
-    best = pools.ndcg(weights, temperatures, cutoff)
-    for _ in range(rounds):
+    alone = {name: figure({name: 1.0}, temperatures) for name in names}
+    # Two regimes, because ascent does not cross from one to the other: peaked softmaxes, where what one source is sure of
+    # wins; and flat ones, where a mixture is a linear sum of scores, and agreement wins.
+    strongest = max(names, key=lambda name: alone[name])
+    starts = {("interest", 1.0)} if "interest" in names else set()
+    starts |= {(strongest, factor * pools.spread[strongest]) for factor in (TEMPERATURES[0], TEMPERATURES[-1])}
+    outcomes = [_grow(figure, names, first, {**temperatures, first: start}, pools.spread) for first, start in sorted(starts)]
+    weights, temperatures, best = max(outcomes, key=lambda outcome: outcome[2])
+    full = {name: weights.get(name, 0.0) for name in names}
+    fusion = Fusion.of(full, temperatures)
+    left_out = {name: figure({**weights, name: 0.0}, temperatures) for name in weights if len(weights) > 1}
+    return fusion, {"alone": alone, "left_out": left_out, "fused": figure(fusion.weights, temperatures), "queries": len(targets)}
+
+
+Figure = Callable[[Mapping[str, float], Mapping[str, float]], float]
+
+
+def _grow(
+    figure: Figure, names: list[str], first: str, temperatures: dict[str, float], spread: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Greedy forward selection from one source: add whichever helps most, refine, repeat."""
+    weights = {first: 1.0}
+    best = figure(weights, temperatures)
+    while left := [name for name in names if name not in weights]:
+        trials = [
+            (figure({**weights, name: ratio}, {**temperatures, name: factor * spread[name]}), name, ratio, factor * spread[name])
+            for name in left
+            for factor in TEMPERATURES
+            for ratio in RATIOS
+        ]
+        value, name, ratio, temperature = max(trials)
+        if value <= best + MIN_GAIN:
+            break  # nobody else earns a place
+        weights, temperatures = {**weights, name: ratio}, {**temperatures, name: temperature}
+        weights, temperatures, best = _refine(figure, weights, temperatures, value)
+    return weights, temperatures, best
+
+
+def _refine(
+    figure: Figure,
+    weights: dict[str, float],
+    temperatures: dict[str, float],
+    best: float,
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Coordinate ascent over weights and temperatures of the sources in use."""
+    for _ in range(MAX_PASSES):
         before = best
-        for name in names:
+        for name in weights:
             for factor in STEPS:
-                trial = {**weights, name: weights[name] * factor if weights[name] > 0 else 0.1 * factor}
-                if sum(trial.values()) <= 0:
-                    continue
-                value = pools.ndcg(trial, temperatures, cutoff)
-                # A source has to earn its place: equal quality goes to the smaller mixture.
-                if value > best + 1e-5 or (factor == 0.0 and value >= best - 1e-5):
+                trial = {**weights, name: weights[name] * factor}
+                if (value := figure(trial, temperatures)) > best:
                     weights, best = trial, value
-        for name in names:
-            if weights[name] > 0:
-                for factor in (0.7, 1.4):
-                    trial_t = {**temperatures, name: temperatures[name] * factor}
-                    value = pools.ndcg(weights, trial_t, cutoff)
-                    if value > best + 1e-5:
-                        temperatures, best = trial_t, value
-        if best - before < 1e-4:
+            for factor in (0.7, 1.4):
+                warmer = {**temperatures, name: temperatures[name] * factor}
+                if (value := figure(weights, warmer)) > best:
+                    temperatures, best = warmer, value
+        if best - before < MIN_GAIN:
             break
-    fusion = Fusion.of(weights, temperatures)
-    left_out = {name: pools.ndcg({**fusion.weights, name: 0.0}, temperatures, cutoff) for name in names if 0 < fusion.weights[name] < 1}
-    alone = {name: pools.ndcg({name: 1.0}, temperatures, cutoff) for name in names}
-    return fusion, {
-        "alone": alone,
-        "left_out": left_out,
-        "fused": pools.ndcg(fusion.weights, temperatures, cutoff),
-        "queries": len(targets),
-    }
+    return weights, temperatures, best
 
 
 class _Pools:
@@ -180,9 +203,10 @@ class _Pools:
             hits.append(found)
             for name, values in scores.items():
                 parts[name].append(np.take_along_axis(values, columns, 1).astype(np.float32))
-                # A histogram-free normaliser: the whole row in half precision, shifted by its peak.
+                # The whole row, for its normaliser at any temperature: half precision will do once it is shifted by its peak.
                 peak = values.max(axis=1, keepdims=True)
-                self._full[name].append(((values - peak).astype(np.float16), peak[:, 0]))
+                shifted = np.maximum(values - peak, np.float32(-6e4)).astype(np.float16)
+                self._full[name].append((shifted, peak[:, 0]))
         self._scores = {name: np.concatenate(values) for name, values in parts.items()}
         self._valid, self._hits = np.concatenate(valid), np.concatenate(hits)
         self._probabilities: dict[tuple[str, float], np.ndarray] = {}

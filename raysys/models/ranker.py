@@ -84,6 +84,7 @@ class RankerNetwork(nn.Module):
         self.relevance = nn.Linear(config.hidden, 1)
         self.like = nn.Linear(config.hidden, 1)
         nn.init.zeros_(self.relevance.weight)  # starts as retrieval order
+        self.like_slope = nn.Parameter(torch.zeros(()))
 
     def dense(self, history_BT: Tensor, lengths_B: Tensor, items_BK: Tensor, fused_BK: Tensor, log_probs_BKS: Tensor) -> Tensor:
         """(B, K, S + 7) features that need no learning."""
@@ -128,7 +129,14 @@ class RankerNetwork(nn.Module):
         crossed_BKA = attended_BKA * self.candidate(candidates_BKD)
         dense = (self.dense(history_BT, lengths_B, items_BK, fused_BK, log_probs_BKS) - self.mean) / self.std
         hidden = self.hidden(torch.cat([dense, attended_BKA, crossed_BKA], dim=2))
-        return self.relevance(hidden)[..., 0] + fused_BK, self.like(hidden)[..., 0]
+        return self.relevance(hidden)[..., 0] + fused_BK, self.like(hidden)[..., 0] + self.like_slope * fused_BK
+
+    def start_from_retrieval(self) -> None:
+        """Let `like` begin as retrieval's own probability: right where it means "is the next item", not where it means "is liked"."""
+        with torch.no_grad():
+            self.like_slope.fill_(1.0)
+            self.like.weight.zero_()
+            self.like.bias.zero_()
 
 
 class Ranker:

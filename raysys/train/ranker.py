@@ -81,6 +81,8 @@ def train_ranker(
     _standardise(network, queries, candidates, learnt[:2000])
     is_target = candidates.items == targets[:, None]
     use_logged = logged is not None and min(logged.positive.sum(), (~logged.positive).sum()) >= 20
+    if not use_logged:
+        network.start_from_retrieval()
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=config.lr, weight_decay=1e-3)
     steps = max(1, config.epochs * -(-len(learnt) // config.batch_size))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps, pct_start=0.1)
@@ -123,13 +125,14 @@ def _loss(
     config: RankerConfig,
     rng: np.random.Generator,
 ) -> torch.Tensor:
-    picked = _pick(is_target[rows], candidates.items[rows], config.negatives, rng)
+    picked, log_weights = _pick(is_target[rows], candidates.items[rows], config.negatives, rng)
+    weight = torch.from_numpy(log_weights)
     query = take_queries(queries, rows)
     part = _take(candidates, rows, picked)
     relevance, like = network(*network_inputs(network, query, part))
     padding = torch.from_numpy(part.items < 0)
     hit = torch.from_numpy(is_target[rows].any(axis=1))
-    relevance = relevance.masked_fill(padding, -1e9)
+    relevance = (relevance + weight).masked_fill(padding, -1e9)
     loss = relevance.new_zeros(())
     if hit.any():
         # The target stands first where it was retrieved at all.
@@ -141,18 +144,29 @@ def _loss(
         return loss + F.binary_cross_entropy_with_logits(like[:, 0], truth)
     truth = torch.zeros_like(like)
     truth[hit, 0] = 1.0
-    return loss + F.binary_cross_entropy_with_logits(like[~padding], truth[~padding])
+    return loss + F.binary_cross_entropy_with_logits(like[~padding], truth[~padding], weight=weight[~padding].exp())
 
 
-def _pick(is_target: np.ndarray, items: np.ndarray, negatives: int, rng: np.random.Generator) -> np.ndarray:
-    """(b, 1 + negatives) columns: the target (or the best candidate), the best others, and random others."""
+def _pick(is_target: np.ndarray, items: np.ndarray, negatives: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The target (or the best candidate), the best others, and a random sample of the rest.
+
+    Returns:
+        (b, 1 + negatives) columns, and the float32 log of how many candidates each of them stands for: without it, the
+        sample would teach that a candidate far down is more likely to be the target than one at the top.
+    """
     K = items.shape[1]
+    best = min(K, negatives // 2)
     priority = np.empty(items.shape)
     priority[:] = np.arange(K)
-    priority[:, negatives // 2 :] = K + rng.random((len(items), max(0, K - negatives // 2)))
+    priority[:, best:] = K + rng.random((len(items), K - best))
     priority[items < 0] = np.inf
     priority[is_target] = -1
-    return np.argsort(priority, axis=1, kind="stable")[:, : negatives + 1]
+    columns = np.argsort(priority, axis=1, kind="stable")[:, : negatives + 1]
+    sampled = columns >= best
+    sampled[:, 0] = False
+    rest = np.maximum(((items >= 0)[:, best:]).sum(axis=1) - is_target[:, best:].sum(axis=1), 1)
+    stands_for = rest / np.maximum(sampled.sum(axis=1), 1)
+    return columns, np.where(sampled, np.log(np.maximum(stands_for, 1.0))[:, None], 0.0).astype(np.float32)
 
 
 def _like_logits(
