@@ -27,8 +27,8 @@ from raysys.train.parts import Parts, new_encoder, validation
 BEST, TRIALS = "best.yaml", "trials.json"
 DEFAULT_SEARCH: dict[str, dict] = {
     "interest.dropout": {"uniform": [0.1, 0.6]},
-    "encoder.lr": {"loguniform": [5e-4, 1e-2]},
-    "encoder.weight_decay": {"choice": [0.0, 1e-3, 1e-2, 1e-1]},
+    "encoder.lr": {"loguniform": [1e-3, 1e-2]},
+    "encoder.weight_decay": {"choice": [0.0, 0.01, 0.1, 0.3]},
     "interest.dim": {"choice": [32, 64, 128]},
 }
 KINDS = ("choice", "uniform", "loguniform", "randint")

@@ -30,7 +30,7 @@ from tests.prepared import leave_one_out, write_prepared
 ROOT = Path(__file__).parents[2]
 OVERRIDES = [
     "interest={dim: 32, num_layers: 1, max_length: 16, dropout: 0.1}",
-    "encoder={epochs: 6, batch_size: 32, lr: 5e-3, warmup_steps: 5}",
+    "encoder={epochs: 6, batch_size: 32, lr: 5e-3, warmup_steps: 5, validate_every: 1}",
     "ranker.epochs=2",
     "dot_product.steps=50",
     "refit_epochs=2",

@@ -29,7 +29,7 @@ def test_the_best_of_a_few_trials_is_left_for_train(ray_cluster, prepared, tmp_p
     settings = write_config(
         tmp_path,
         interest={"dim": 16, "num_layers": 1, "max_length": 16},
-        encoder={"epochs": EPOCHS, "lr": 5e-3, "batch_size": 32, "warmup_steps": 5, "patience": EPOCHS},
+        encoder={"epochs": EPOCHS, "lr": 5e-3, "batch_size": 32, "warmup_steps": 5, "patience": EPOCHS, "validate_every": 1},
         search={"encoder.lr": {"choice": [1e-6]}, "interest": {"dropout": {"uniform": [0.1, 0.2]}}},
     )
     out = tmp_path / "tuned"
