@@ -25,9 +25,13 @@ class ScalingConfig:
     use_gpu: bool = False
     """Give each worker one GPU."""
     cpus_per_worker: int | None = None
-    """CPUs, and torch threads, of each worker; None shares the cluster's CPUs evenly."""
+    """CPUs, and torch threads, of each worker; None gives as many as the nodes allow."""
     max_failures: int = 3
     """Restarts from the last checkpoint after a worker or node has died."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or (self.cpus_per_worker is not None and self.cpus_per_worker < 1):
+            raise ValueError(f"expected at least one worker with one CPU, got {self.workers} with {self.cpus_per_worker}")
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,14 @@ class TrainConfig:
 def load_train_config(uri: str | None, overrides: list[str]) -> tuple["TrainConfig", frozenset[str]]:
     """Settings and the dotted names that were given, so that data-driven defaults fill only the others."""
     values = config.merge(config.read_yaml(uri) if uri else {}, config.parse_overrides(overrides))
-    return config.from_dict(TrainConfig, values), frozenset(_dotted(values))
+    return config.from_dict(TrainConfig, values), frozenset(dotted_names(values))
 
 
-def _dotted(values: dict, prefix: str = "") -> list[str]:
+def dotted_names(values: dict, prefix: str = "") -> list[str]:
+    """Names of all leaves of nested settings, such as `encoder.lr`."""
     names = []
     for key, value in values.items():
-        names += _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+        names += dotted_names(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
     return names
 
 

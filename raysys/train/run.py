@@ -15,7 +15,7 @@ import numpy as np
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.numpy import load as load_arrays
 
 from raysys import config, storage
@@ -84,6 +84,7 @@ def train(
         trainer = TorchTrainer(
             run_stages,
             train_loop_config={"plan": plan, "board": board},
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if settings.scaling.use_gpu and workers > 1 else "gloo"),
             scaling_config=RayScalingConfig(num_workers=workers, use_gpu=settings.scaling.use_gpu, resources_per_worker={"CPU": cpus}),
             run_config=RunConfig(
                 name=_run_name(prepared, settings, fit),
@@ -102,14 +103,27 @@ def train(
 
 
 def _resources(settings: TrainConfig) -> tuple[int, int]:
-    cluster_cpus = int(ray.cluster_resources().get("CPU", 1))
-    workers = settings.scaling.workers
-    cpus = settings.scaling.cpus_per_worker or max(1, cluster_cpus // workers)
-    if workers * cpus > cluster_cpus and not settings.scaling.use_gpu:
+    """Workers, and the CPUs each of them gets; a worker must fit on one node."""
+    scaling = settings.scaling
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if scaling.use_gpu:
+        nodes = [node for node in nodes if node.get("GPU", 0) >= 1]
+    found = [int(node.get("CPU", 0)) for node in nodes]
+
+    def fits(cpus: int) -> bool:
+        slots = [int(node.get("CPU", 0) // cpus) for node in nodes]
+        if scaling.use_gpu:
+            slots = [min(slot, int(node["GPU"])) for slot, node in zip(slots, nodes, strict=True)]
+        return sum(slots) >= scaling.workers
+
+    cpus = scaling.cpus_per_worker or next((cpus for cpus in range(max(found, default=1), 0, -1) if fits(cpus)), 1)
+    # GPU nodes may not be up yet: an autoscaler starts them when they are asked for.
+    if not fits(cpus) and not scaling.use_gpu:
         raise ConfigError(
-            f"scaling asks for {workers} x {cpus} CPUs, the cluster has {cluster_cpus}; lower scaling.workers or scaling.cpus_per_worker"
+            f"scaling asks for {scaling.workers} workers of {cpus} CPUs, the cluster's nodes have {', '.join(map(str, found))}; "
+            "lower scaling.workers or scaling.cpus_per_worker"
         )
-    return workers, cpus
+    return scaling.workers, cpus
 
 
 def _run_name(prepared: Prepared, settings: TrainConfig, fit: str) -> str:

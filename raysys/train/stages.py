@@ -5,6 +5,8 @@
     refit     encoder continues on the whole training part
     choose    worker 0: sources on the whole training part; fusion and the ranker's weight chosen on validation
 
+Without a validation part the choice is made on held-out training positions, so
+it comes before the refit, which would have seen them.
 No model ever learns from a position that a model before it was trained on and
 that it is then judged by: see `Parts` and the `leakage` entry of the manifest.
 """
@@ -39,7 +41,7 @@ from raysys.pipeline import Pipeline, mix_scores, seen_mask
 from raysys.prepare.dataset import Prepared, Sequences
 from raysys.schema import UNKNOWN_ITEM
 from raysys.train.config import TrainConfig
-from raysys.train.encoder import TrainResult, train_encoder
+from raysys.train.encoder import EncoderTrainConfig, TrainResult, train_encoder
 from raysys.train.parts import MAX_HISTORY, Parts, chunks, new_encoder, sample, validation
 from raysys.train.ranker import Logged, train_ranker
 
@@ -92,7 +94,7 @@ class Worker:
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
-                self.state = torch.load(os.path.join(folder, STATE), weights_only=True)
+                self.state = torch.load(os.path.join(folder, STATE), map_location="cpu", weights_only=True)
             self.say(f"continuing from a checkpoint in stage {self.state['stage']}")
 
     def run(self) -> None:
@@ -102,7 +104,7 @@ class Worker:
         if self.state["stage"] == "rank":
             self._rank()
         if self.state["stage"] == "refit":
-            self._refit("refit", self.parts.train, "choose")
+            self._refit()
         if self.state["stage"] == "choose":
             self._choose()
 
@@ -132,20 +134,17 @@ class Worker:
             }
             auc = "" if figures["auc"] is None else f", AUC {figures['auc']:.3f}"
             self.say(f"ranker: {figures['queries']:,} held-out positions, target retrieved in {figures['recall']:.0%}{auc}")
-        self.state["stage"] = "refit"
+        self.state["stage"] = "refit" if self.parts.has_validation else "choose"
         self._save()
 
-    def _refit(self, stage: str, sequences: Sequences, following: str) -> None:
+    def _refit(self) -> None:
         if self.settings.refit_epochs > 0:
             encoder = self._encoder()
-            self.say(f"encoder: {stage} on {len(sequences.items):,} events")
-            epochs = self.settings.refit_epochs
-            schedule = dataclasses.replace(
-                self.settings.encoder, epochs=epochs, lr=self.settings.encoder.lr * self.settings.refit_lr_factor
-            )
-            self._train(encoder, sequences, stage, schedule=schedule, deadline=self._share(0.7))
+            self.say(f"encoder: refit on {len(self.parts.train.items):,} events")
+            schedule = self._refit_schedule(self.settings.refit_epochs)
+            self._train(encoder, self.parts.train, "refit", schedule=schedule, deadline=self._share(0.7))
             self.state["encoder"] = encoder.state_dict()
-        self.state["stage"] = following
+        self.state["stage"] = "choose"
         for key in ("epoch_state", "epoch_stage"):
             self.state.pop(key, None)
         self._save()
@@ -176,24 +175,23 @@ class Worker:
             if pipeline.ranker is not None:
                 models["ranker"] = pipeline.ranker
             self._write_parts(folder, models, pipeline.fusion, weight, validation, report, ranker_report, by_weight)
-        if self.plan.fit == "train+valid":
+        if self.plan.fit == "train+valid" or not self.parts.has_validation:
             self._final_refit(folder)
         ray.train.report({"stage": "done"}, checkpoint=ray.train.Checkpoint.from_directory(folder) if self.rank == 0 else None)
+        storage.remove(folder)
 
     def _final_refit(self, folder: str) -> None:
-        """Sources once more on training and validation part, with everything chosen left as it is."""
-        both = self.parts.all.upto("valid")
-        both = both.where(both.items != UNKNOWN_ITEM)
+        """Sources once more on all that may be learnt from, with everything chosen left as it is."""
+        everything = self.parts.all.upto("valid")
+        everything = everything.where(everything.items != UNKNOWN_ITEM)
         encoder = self._encoder()
-        schedule = dataclasses.replace(
-            self.settings.encoder,
-            epochs=max(1, self.settings.refit_epochs // 2),
-            lr=self.settings.encoder.lr * self.settings.refit_lr_factor,
-        )
-        self._train(encoder, both, "train+valid", schedule=schedule, report=False)
+        # With a validation part the encoder has been refitted on the training part already.
+        epochs = max(1, self.settings.refit_epochs // 2) if self.parts.has_validation else self.settings.refit_epochs
+        self.say(f"encoder: last refit on {len(everything.items):,} events")
+        self._train(encoder, everything, "last refit", schedule=self._refit_schedule(epochs), deadline=self.plan.deadline, report=False)
         if self.rank == 0:
             parts = storage.read_json(os.path.join(folder, PARTS))
-            for name, model in self._sources(both, encoder, content_for="train").items():
+            for name, model in self._sources(everything, encoder, content_for="train").items():
                 arrays, parts["metas"][name] = model.to_arrays()
                 storage.write_bytes(os.path.join(folder, f"{name}.safetensors"), _tensor_bytes(arrays))
             storage.write_json(os.path.join(folder, PARTS), parts)
@@ -237,6 +235,10 @@ class Worker:
         }
         storage.write_json(os.path.join(folder, PARTS), parts)
 
+    def _refit_schedule(self, epochs: int) -> EncoderTrainConfig:
+        config = self.settings.encoder
+        return dataclasses.replace(config, epochs=epochs, lr=config.lr * self.settings.refit_lr_factor)
+
     def _encoder(self) -> InterestEncoder:
         encoder = new_encoder(self.prepared, self.settings)
         encoder.load_state_dict(self.state["encoder"])
@@ -248,7 +250,7 @@ class Worker:
         sequences: Sequences,
         stage: str,
         *,
-        schedule: Any = None,
+        schedule: EncoderTrainConfig | None = None,
         deadline: float | None = None,
         validate: Callable | None = None,
         report: bool = True,

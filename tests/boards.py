@@ -1,0 +1,41 @@
+"""A progress board for tests of training; here and not in a test module, because Ray's workers have to import it."""
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+import ray
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """A progress board that remembers, and kills somebody at a chosen line, while the worker waits in `post`.
+
+    Args:
+        kill_at: part of the line.
+        pid: of the process to kill; None kills the training workers of this node.
+    """
+
+    def __init__(self, kill_at: str | None = None, pid: int | None = None):
+        self.kill_at, self.pid, self.posted = kill_at, pid, []
+
+    def post(self, line: str) -> None:
+        self.posted.append(line)
+        if self.kill_at and self.kill_at in line:
+            self.kill_at = None
+            for pid in [self.pid] if self.pid else training_workers(os.getppid()):
+                os.kill(pid, signal.SIGKILL)
+
+    def lines(self) -> list[str]:
+        return self.posted
+
+
+def training_workers(raylet: int) -> list[int]:
+    """Processes of Ray Train workers among the children of a raylet."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            if f"PPid:\t{raylet}\n" in status.read_text() and b"TrainWorker" in (status.parent / "cmdline").read_bytes():
+                found.append(int(status.parent.name))
+    return found
