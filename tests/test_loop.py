@@ -88,7 +88,8 @@ def test_the_loop_closes(folder):
 
     before = Bundle.open(registry.bundle_uri(first.version))
     answer = recommend_user(before, "user-3", 5)
-    assert answer.strategy == "personalized" and {planted.cluster_of(before.item_ids[row]) for row in answer.items} == {3}
+    assert answer.strategy == "personalized"
+    assert [planted.cluster_of(before.item_ids[row]) for row in answer.items].count(3) >= 4
     assert recommend_user(before, "somebody", 5).strategy == "cold_start"
     assert hit_rate(before, jumps(200, 5, seed=9)) < 0.3, "nobody has jumped yet"
 

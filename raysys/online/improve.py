@@ -107,7 +107,8 @@ def _fine_tuned(
 ) -> InterestRetriever:
     """The encoder after a few steps on the users with new events; others are replayed, so that it does not forget them."""
     copy = InterestRetriever.from_arrays(*retriever.to_arrays())
-    settings = EncoderTrainConfig(epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, warmup_steps=0)
+    # No running average: over the few steps of a round it would keep the old weights and learn next to nothing.
+    settings = EncoderTrainConfig(epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, warmup_steps=0, ema=0.0)
     train_encoder(copy.encoder, _together(sequences, replay), settings, seed=seed)
     warm = copy.warm.copy()
     warm[sequences.items[new]] = True

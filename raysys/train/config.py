@@ -50,7 +50,7 @@ class TrainConfig:
     """Retrieval sources to train; fusion gives each its weight on validation, 0 where it does not earn its place."""
     refit_epochs: int = 8
     """Epochs on the whole training part, starting from the model that was fitted without each user's last position."""
-    refit_lr_factor: float = 0.5
+    refit_lr_factor: float = 1.0
     """Peak learning rate of the refit, relative to the fit's."""
     num_candidates: int = 200
     """Items that retrieval hands to ranking."""
@@ -78,6 +78,8 @@ def dotted_names(values: dict, prefix: str = "") -> list[str]:
 
 DENSE_LENGTH = 20.0
 """Mean training events a user from which histories count as long."""
+SMALL_DATA = 200_000
+"""Training events below which long histories, too, want more dropout."""
 LARGE_CATALOGUE = 30_000
 """Items from which the softmax is sampled."""
 
@@ -97,11 +99,14 @@ def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np
     lengths = lengths[lengths > 0]
     mean, long = float(lengths.mean()) if len(lengths) else 0.0, float(np.quantile(lengths, 0.9)) if len(lengths) else 0.0
     dense = mean >= DENSE_LENGTH
-    steps = max(1.0, float(lengths.sum()) / 1500)
+    context = int(np.clip(2 ** np.ceil(np.log2(max(long, 1))), 16, 200))
+    windows = max(1.0, float(np.ceil(lengths / context).sum()))
+    few = dense and lengths.sum() < SMALL_DATA
     wanted: dict[str, dict[str, Any]] = {
-        "interest": {"dropout": 0.2 if dense else 0.5, "max_length": int(np.clip(2 ** np.ceil(np.log2(max(long, 1))), 16, 200))},
+        "interest": {"dropout": 0.3 if few else 0.2 if dense else 0.5, "max_length": context},
         "encoder": {
-            "batch_size": int(np.clip(2 ** np.round(np.log2(steps)), 16, 128 if dense else 256)),
+            "batch_size": int(np.clip(2 ** np.round(np.log2(windows / 90)), 16, 256)),  # about 90 steps an epoch
+            "weight_decay": 0.1 if dense else 0.5,
             "loss": "sampled" if num_items > LARGE_CATALOGUE else "softmax",
         },
     }
@@ -113,5 +118,7 @@ def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np
 
 def demo_config() -> tuple[TrainConfig, frozenset[str]]:
     """Settings of the MovieLens-100k demo: the defaults, shortened to what a newcomer waits for."""
-    encoder = EncoderTrainConfig(epochs=12, patience=3, lr=3e-3)
-    return TrainConfig(encoder=encoder, refit_epochs=3), frozenset({"encoder.epochs", "encoder.patience", "encoder.lr"})
+    interest = InterestConfig(dropout=0.3, max_length=100)
+    encoder = EncoderTrainConfig(epochs=10, batch_size=16, warmup_steps=50, ema=0.98)
+    given = {"interest.dropout", "interest.max_length", "encoder.batch_size"}
+    return TrainConfig(interest=interest, encoder=encoder, refit_epochs=3), frozenset(given)

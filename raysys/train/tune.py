@@ -181,7 +181,7 @@ def _run(prepared_uri: str, candidates: list[TrainConfig], out: str) -> list[dic
     first = candidates[0]
     watcher = _Watcher([candidate.encoder.patience for candidate in candidates], first.encoder.epochs)
     cpus = first.scaling.cpus_per_worker or 1
-    resources = {"cpu": cpus, "gpu": 1} if first.scaling.use_gpu else {"cpu": cpus}
+    resources: dict[str, float] = {"cpu": cpus, "gpu": 1} if first.scaling.use_gpu else {"cpu": cpus}
     # Tune's tables, and the logs it writes of each trial beside the one it reads itself, say nothing that `trials.json` does not.
     os.environ.update({"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"})
     work = storage.join(out, "work")
