@@ -59,7 +59,7 @@ def hit_rate(bundle: Bundle, walks: np.ndarray) -> float:
     history = rows[:, :-1]
     queries = Queries(
         history.ravel().astype(np.int32),
-        np.full(history.size, bundle.event_codes["view"], np.int8),
+        np.full(history.size, bundle.event_codes["rating"], np.int8),
         np.tile(np.arange(history.shape[1], dtype=np.int64), len(rows)),
         np.arange(0, history.size + 1, history.shape[1]),
         np.full(len(rows), history.shape[1], np.int64),
@@ -98,10 +98,8 @@ def test_the_loop_closes(folder):
     people = [f"user-{3 + planted.NUM_CLUSTERS * n}" for n in range(20)] + [f"new-{n}" for n in range(60)]
     log = EmbeddedLog(at["events"], writable=True)
     for step, items in enumerate(jumps(len(people), 6, seed=1).T):
-        shown = zip(people, items, strict=True)
-        log.append(
-            [{"kind": "event", "user_id": u, "item_id": f"item-{i:03d}", "event": "view", "timestamp": now + step} for u, i in shown]
-        )
+        event = {"kind": "event", "event": "rating", "value": 5.0, "timestamp": now + step}
+        log.append([{**event, "user_id": user, "item_id": f"item-{item:03d}"} for user, item in zip(people, items, strict=True)])
     report = run_online(at["registry"], at["events"], at["state"], once=True, config=OnlineConfig(margin=0.05))
     assert report["status"] == "published" and report["events"] == 480
     gate = report["figures"]["gate"]["new"]

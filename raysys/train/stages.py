@@ -90,6 +90,10 @@ class Worker:
         self.num_items = self.prepared.num_items
         self.event_weights = [self.prepared.manifest["event_types"].get(name, {}).get("weight", 1.0) for name in self.prepared.events]
         self.rng = np.random.default_rng(self.settings.seed)
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            self.say("the node has a GPU, but torch cannot use it: training on the CPU; install torch with CUDA there")
+            self.device = torch.device("cpu")
         self.state: dict[str, Any] = {"stage": "fit"}
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
@@ -273,7 +277,7 @@ class Worker:
             rank=self.rank,
             world_size=self.world_size,
             wrap=ray.train.torch.prepare_model if self.world_size > 1 else None,
-            device=ray.train.torch.get_device(),
+            device=self.device,
             on_epoch=on_epoch,
             resume=resume,
             deadline=deadline,

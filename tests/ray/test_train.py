@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 
 from raysys.bundle import Bundle
@@ -28,6 +29,7 @@ from tests.boards import Board
 from tests.prepared import leave_one_out, write_prepared
 
 ROOT = Path(__file__).parents[2]
+BUDGET_S = 20
 OVERRIDES = [
     "interest={dim: 32, num_layers: 1, max_length: 16, dropout: 0.1}",
     "encoder={epochs: 6, batch_size: 32, lr: 5e-3, warmup_steps: 5, validate_every: 1}",
@@ -118,29 +120,26 @@ def test_the_planted_truth_is_learnt(undisturbed, prepared):
     assert not Path(f"{out}.work").exists(), "checkpoints of a finished run are gone"
 
 
-def test_a_killed_worker_changes_nothing(undisturbed, prepared, tmp_path):
-    # The same seed gives the same bits; so does a run that lost its worker before it could save the third epoch.
-    out, manifest, lines = undisturbed
-    again, told = fit(prepared, tmp_path / "bundle", board=Board.remote("fit epoch 3"))
-    assert [line for line in told if "continuing" in line] == ["continuing from a checkpoint in stage fit"]
-    # Checkpoints are registered a moment after they are reported: the second epoch may be done again too.
-    assert losses(told) in [losses(lines)[:3] + losses(lines)[first:] for first in (1, 2)]
-    assert again["metrics"] == manifest["metrics"] and again["fusion"] == manifest["fusion"]
-    assert_same(out, tmp_path / "bundle")
+def test_kills_change_nothing(undisturbed, cluster, prepared, tmp_path):
+    """The driver is killed in the fourth epoch; the same command continues, and loses its worker in the fifth.
 
-
-def test_the_command_of_a_killed_driver_continues(undisturbed, cluster, prepared, tmp_path):
+    In the end stand the same bits as those of the undisturbed run with the same seed.
+    """
     out, manifest, lines = undisturbed
     arguments = f"{cluster.address!r}, {prepared!r}, {str(tmp_path / 'bundle')!r}"
     code = f"from tests.ray.test_train import fit_until_killed; fit_until_killed({arguments})"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not (tmp_path / "bundle").exists() and (tmp_path / "bundle.work").exists()
-    again, told = fit(prepared, tmp_path / "bundle")
-    assert told[0] == "continuing from a checkpoint in stage fit"
-    assert losses(told) in (losses(lines)[3:], losses(lines)[2:]), "epochs that were saved are not done again"
-    assert again["metrics"] == manifest["metrics"]
+
+    again, told = fit(prepared, tmp_path / "bundle", board=Board.remote("fit epoch 5"))
+    assert [line for line in told if "continuing" in line] == ["continuing from a checkpoint in stage fit"] * 2
+    assert told[0].startswith("continuing")
+    # What was saved is not done again; but a checkpoint counts a moment after it is reported, so the epoch before the kill may be.
+    expected = losses(lines)
+    assert losses(told) in [expected[first:5] + expected[then:] for first in (2, 3) for then in (3, 4)]
+    assert again["metrics"] == manifest["metrics"] and again["fusion"] == manifest["fusion"]
     assert_same(out, tmp_path / "bundle")
 
 
@@ -161,23 +160,44 @@ def test_two_workers_learn_as_one_and_train_plus_valid_says_so(undisturbed, prep
         evaluate(prepared, str(tmp_path / "bundle"), split="valid", bootstrap=0)
 
 
-def test_models_are_judged_by_events_they_never_saw(undisturbed, noise, tmp_path):
-    """In noise, a figure above chance would mean that somebody had learnt from what it is judged by.
+@pytest.fixture(scope="module")
+def of_noise(undisturbed, cluster, noise, tmp_path_factory):
+    """A run on noise that would take hours without its time budget, on a node with a GPU that is only logical."""
+    out = tmp_path_factory.mktemp("noise") / "bundle"
+    node = cluster.add_node(num_cpus=1, num_gpus=1)
+    forever = ["encoder.epochs=100000", "encoder.patience=100000", "scaling.use_gpu=true"]
+    try:
+        manifest, lines = fit(noise, out, overrides=forever, time_budget_s=BUDGET_S)
+    finally:
+        cluster.remove_node(node)
+    return out, manifest, lines
 
-    The time budget ends a training that would take hours; the bundle is still whole.
-    """
-    manifest, _ = fit(noise, tmp_path / "bundle", overrides=["encoder.epochs=100000", "encoder.patience=100000"], time_budget_s=20)
-    # Ray needs its time to start, budget or not; that is as long as the other run took, at most.
-    assert manifest["seconds"] < 20 + undisturbed[1]["seconds"]
-    assert manifest["metrics"]["encoder"]["epochs"] < 100_000
+
+def test_models_are_judged_by_events_they_never_saw(of_noise):
+    """In noise, a figure above chance means that somebody had learnt from what it is judged by."""
+    out, manifest, _ = of_noise
     assert manifest["data"]["split"] == "none" and manifest["leakage"]["chosen_on"] == "held-out training positions of every other user"
     assert manifest["leakage"]["retrieval_served"] == "refit: training part"
-    chance = 30 / 110  # candidates of the items that a history leaves
+    chance = 30 / 110  # candidates, of the items that a history leaves
     assert manifest["metrics"]["ranker"]["recall"] == pytest.approx(chance, abs=0.12)
     # NDCG@10 of a random order of 110 items is 4.54 / 110 = 0.04.
     for name, figure in manifest["metrics"]["validation"].items():
         assert figure < 0.15, f"{name} knows the events it was chosen by"
-    assert len(Bundle.open(str(tmp_path / "bundle")).histories) == 180
+    assert len(Bundle.open(str(out)).histories) == planted.NUM_USERS
+
+
+def test_a_time_budget_is_kept(of_noise, undisturbed):
+    _, manifest, lines = of_noise
+    assert 1 <= manifest["metrics"]["encoder"]["epochs"] == len(losses(lines)) < 100_000
+    # Ray takes its time to start, budget or not: at most as long as the whole of the other run.
+    assert manifest["seconds"] < BUDGET_S + undisturbed[1]["seconds"]
+
+
+def test_a_worker_goes_to_the_node_with_a_gpu(of_noise):
+    if torch.cuda.is_available():
+        pytest.skip("what happens where torch has no CUDA cannot be seen where it has")
+    _, _, lines = of_noise
+    assert lines[0] == "the node has a GPU, but torch cannot use it: training on the CPU; install torch with CUDA there"
 
 
 def test_held_out_positions_are_in_no_fit(noise, prepared):
@@ -216,14 +236,3 @@ def test_what_the_cluster_cannot_give_is_one_line(cluster, prepared, tmp_path):
     with pytest.raises(SchemaError, match="expected a prepared set"):
         fit(str(tmp_path), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_worker_goes_to_the_node_with_a_gpu(cluster, prepared, tmp_path):
-    """Ray's GPUs are only logical here; torch falls back to the CPU of that node."""
-    node = cluster.add_node(num_cpus=1, num_gpus=1)
-    try:
-        manifest, lines = fit(prepared, tmp_path / "bundle", overrides=["scaling.use_gpu=true", "encoder.epochs=2", "refit_epochs=0"])
-        assert len(losses(lines)) == 2
-        assert manifest["metrics"]["validation"]["final"] > 0.2
-    finally:
-        cluster.remove_node(node)
