@@ -268,8 +268,15 @@ def verify(uri: str) -> dict:
 
 
 def load_model(name: str, arrays: Arrays, meta: dict) -> Any:
-    """A model of MODEL_CLASSES from its arrays and settings."""
-    return _model_class(name).from_arrays(arrays, meta)
+    """A model of MODEL_CLASSES from its arrays and settings.
+
+    Raises:
+        BundleIncompatible: another version of the code wrote it.
+    """
+    try:
+        return _model_class(name).from_arrays(arrays, meta)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BundleIncompatible(f"model {name!r} was written by another version of raysys ({error}); train again") from error
 
 
 def _model_class(name: str) -> Any:

@@ -103,7 +103,7 @@ def choose_fusion(
         chunk: queries at once.
 
     Returns:
-        The fusion, and a report: ndcg of each source alone, of each left out, and fused.
+        The fusion, and the report of `judge_fusion` on the same queries.
     """
     pools = _Pools(sources, targets, allowed, keep=keep, chunk=chunk)
     names = list(sources)
@@ -121,10 +121,37 @@ def choose_fusion(
     starts |= {(strongest, factor * pools.spread[strongest]) for factor in (TEMPERATURES[0], TEMPERATURES[-1])}
     outcomes = [_grow(figure, names, first, {**temperatures, first: start}, pools.spread) for first, start in sorted(starts)]
     weights, temperatures, best = max(outcomes, key=lambda outcome: outcome[2])
-    full = {name: weights.get(name, 0.0) for name in names}
-    fusion = Fusion.of(full, temperatures)
-    left_out = {name: figure({**weights, name: 0.0}, temperatures) for name in weights if len(weights) > 1}
-    return fusion, {"alone": alone, "left_out": left_out, "fused": figure(fusion.weights, temperatures), "queries": len(targets)}
+    fusion = Fusion.of({name: weights.get(name, 0.0) for name in names}, temperatures)
+    return fusion, _report(fusion, pools, cutoff)
+
+
+def judge_fusion(
+    fusion: Fusion,
+    sources: Mapping[str, Callable[[slice], np.ndarray]],
+    targets: np.ndarray,
+    allowed: Callable[[slice], np.ndarray],
+    *,
+    cutoff: int = 10,
+    keep: int = 100,
+    chunk: int = 256,
+) -> dict:
+    """NDCG of a given mixture, of its sources alone, and of it without each; arguments as for `choose_fusion`."""
+    return _report(fusion, _Pools(sources, targets, allowed, keep=keep, chunk=chunk), cutoff)
+
+
+NOT_JUDGED: dict = {"alone": {}, "left_out": {}, "fused": None, "queries": 0}
+"""The report where there is nothing to judge on."""
+
+
+def _report(fusion: Fusion, pools: "_Pools", cutoff: int) -> dict:
+    temperatures = fusion.temperatures
+    used = {name: weight for name, weight in fusion.weights.items() if weight > 0}
+    return {
+        "alone": {name: pools.ndcg({name: 1.0}, temperatures, cutoff) for name in fusion.weights},
+        "left_out": {name: pools.ndcg({**used, name: 0.0}, temperatures, cutoff) for name in used if len(used) > 1},
+        "fused": pools.ndcg(used, temperatures, cutoff),
+        "queries": len(pools),
+    }
 
 
 Figure = Callable[[Mapping[str, float], Mapping[str, float]], float]
@@ -215,6 +242,9 @@ class _Pools:
             top = np.sort(np.where(self._valid, values, -np.inf), axis=1)[:, -min(100, values.shape[1])]
             gaps = (peaks - top)[np.isfinite(peaks - top)]
             self.spread[name] = float(max(np.median(gaps), 1e-3)) if len(gaps) else 1.0
+
+    def __len__(self) -> int:
+        return len(self._hits)
 
     def ndcg(self, weights: Mapping[str, float], temperatures: Mapping[str, float], cutoff: int) -> float:
         used = {name: weight for name, weight in weights.items() if weight > 0}

@@ -170,7 +170,7 @@ def summary_rows(manifest: dict) -> Rows:
     """The closing table of the command."""
     metrics = manifest["metrics"]
     rows = [("version", manifest["version"]), ("seconds", f"{manifest['seconds']:.0f}")]
-    for name, value in metrics.get("validation", {}).items():
+    for name, value in ((name, value) for name, value in metrics.get("validation", {}).items() if value is not None):
         rows.append((f"valid ndcg@10, {name}", f"{value:.4f}"))
     weights = manifest["fusion"]["mixture"]["weights"]
     rows.append(("fusion weights", ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())))

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,11 +35,12 @@ from raysys.models.base import Candidates
 from raysys.models.content import ContentNeighbours
 from raysys.models.covisit import Covisitation
 from raysys.models.dot_product import DotProduct
-from raysys.models.fusion import Fusion, choose_fusion
+from raysys.models.fusion import NOT_JUDGED, Fusion, choose_fusion, judge_fusion
 from raysys.models.interest import InterestEncoder, InterestRetriever
 from raysys.models.popularity import Popularity
 from raysys.pipeline import Pipeline, mix_scores, seen_mask
 from raysys.prepare.dataset import Prepared, Sequences
+from raysys.queries import Queries
 from raysys.schema import UNKNOWN_ITEM
 from raysys.train.config import TrainConfig
 from raysys.train.encoder import EncoderTrainConfig, TrainResult, train_encoder
@@ -124,17 +126,21 @@ class Worker:
 
     def _rank(self) -> None:
         self.state["ranker"] = None
-        if self.rank == 0 and len(self.parts.heldout):
+        if self.rank == 0:
             pipeline = self._pipeline(self._sources(self.parts.fit, self._encoder(), content_for="fit"))
+            if len(self.parts.choice):
+                # Once and for all: the ranker reads the mixture's probabilities, so serving must mix as its training did.
+                pipeline.use(choose_fusion(*self._judged(pipeline))[0])
+            self.state["fusion"] = json.dumps(pipeline.fusion.to_dict())
+        if self.rank == 0 and len(self.parts.heldout):
             positions = sample(self.parts.heldout, self.settings.max_ranker_queries, self.settings.seed)
-            report = self._choose_fusion(pipeline, sample(positions, 1500, self.settings.seed))
             ranker, figures = self._train_ranker(pipeline, positions)
             arrays, meta = ranker.to_arrays()
             tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
             self.state["ranker"] = {
                 "arrays": tensors,
                 "meta": json.dumps(meta),
-                "report": json.dumps({**figures, "fusion": report["fused"]}),
+                "report": json.dumps(figures),
             }
             auc = "" if figures["auc"] is None else f", AUC {figures['auc']:.3f}"
             self.say(f"ranker: {figures['queries']:,} held-out positions, target retrieved in {figures['recall']:.0%}{auc}")
@@ -158,9 +164,8 @@ class Worker:
         if self.rank == 0:
             learnt_from = self.parts.train if self.parts.has_validation else self.parts.fit
             pipeline = self._pipeline(self._sources(learnt_from, self._encoder(), content_for="train"))
-            report = self._choose_fusion(
-                pipeline, sample(self.parts.choice, max(200, MAX_CHOICE_SCORES // self.num_items), self.settings.seed)
-            )
+            pipeline.use(Fusion.from_dict(json.loads(self.state["fusion"])))
+            report = judge_fusion(pipeline.fusion, *self._judged(pipeline)) if len(self.parts.choice) else NOT_JUDGED
             ranker_report: dict = {}
             weight = 0.0
             by_weight: dict[float, float] = {}
@@ -226,7 +231,7 @@ class Worker:
             "metrics": {
                 "validation": validation,
                 "left_out": report["left_out"],
-                "ranker": {key: value for key, value in ranker_report.items() if key != "fusion"},
+                "ranker": ranker_report,
                 "ranker_weights": {str(key): value for key, value in by_weight.items()},
                 "encoder": self.state["fit_report"],
             },
@@ -322,14 +327,12 @@ class Worker:
         nobody = Histories.build(self.parts.all.where(np.zeros(len(self.parts.all.items), bool)), [], max_events=1)
         return Pipeline(Bundle(self.prepared.items(), models, fusion, nobody), num_candidates=self.settings.num_candidates)
 
-    def _choose_fusion(self, pipeline: Pipeline, positions: np.ndarray) -> dict:
+    def _judged(self, pipeline: Pipeline) -> tuple[dict[str, Callable], np.ndarray, Callable]:
+        """Scores of each source, targets and masks of the positions where settings are chosen; arguments of `fusion.py`."""
+        positions = sample(self.parts.choice, max(200, MAX_CHOICE_SCORES // self.num_items), self.settings.seed)
         queries = self.parts.all.queries_before(positions, max_events=MAX_HISTORY)
-        targets = self.parts.all.items[positions].astype(np.int64)
-        models = pipeline.bundle.models
-        scorers = {name: (lambda rows, model=model: model.scores(queries[rows])) for name, model in models.items()}
-        fusion, report = choose_fusion(scorers, targets, lambda rows: seen_mask(queries[rows], self.num_items))
-        pipeline.use(fusion)
-        return report
+        scorers: dict[str, Callable] = {name: partial(_scores_of, model, queries) for name, model in pipeline.bundle.models.items()}
+        return scorers, self.parts.all.items[positions].astype(np.int64), lambda rows: seen_mask(queries[rows], self.num_items)
 
     def _train_ranker(self, pipeline: Pipeline, positions: np.ndarray) -> tuple[Any, dict]:
         sequences = self.parts.all
@@ -418,3 +421,7 @@ def _tensor_bytes(arrays: dict[str, np.ndarray]) -> bytes:
 
 def _report(result: TrainResult) -> dict:
     return {"best_epoch": result.best_epoch, "best_validation": result.best_validation, "epochs": len(result.history)}
+
+
+def _scores_of(model: Any, queries: Queries, rows: slice) -> np.ndarray:
+    return model.scores(queries[rows])

@@ -183,7 +183,7 @@ def test_a_pinned_registry_is_left_alone_until_unpin(world):
 def test_a_worse_update_is_refused_once_and_tried_again_with_more_events(world):
     registry, log = world
     pointer = registry.current()
-    wild = dataclasses.replace(CONFIG, lr=300.0, epochs=3)
+    wild = dataclasses.replace(CONFIG, lr=100.0, epochs=3)
     learner = learner_of(world, wild)
     log.append(events_of(walks(20, STEP, 4, np.random.default_rng(0)), 0))
     report = learner.round()
