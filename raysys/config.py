@@ -5,6 +5,7 @@ The dataclasses themselves stand beside their owners (`models/interest.py` holds
 """
 
 import dataclasses
+import datetime
 import difflib
 import types
 import typing
@@ -69,6 +70,8 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
             return float(value)  # YAML reads 1e-3 as text
         except ValueError:
             pass
+    if kind is str and isinstance(value, datetime.date):
+        return value.isoformat()  # YAML reads 2020-01-31 as a date
     if kind is Any or (isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
         return value
     raise ConfigError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
