@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import polars as pl
@@ -35,9 +37,19 @@ def server():
         # A job runs `python` of the node it lands on.
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         patch.delenv("RAY_ADDRESS", raising=False)
-        context = ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level=logging.WARNING)
+        # A job joins the newest cluster of its temporary folder: with a shared one, that may be somebody else's.
+        folder = tempfile.mkdtemp(prefix="raysys-")
+        context = ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=True,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _temp_dir=folder,
+        )
         yield f"http://{context.dashboard_url}"
         ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def submit(server: str, name: str, *arguments: str) -> tuple[int, str]:
