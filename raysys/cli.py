@@ -334,7 +334,7 @@ def _bench(arguments: argparse.Namespace) -> Rows:
     from pathlib import Path
 
     folder = Path(__file__).resolve().parents[1] / "benchmarks"
-    names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    names = sorted(path.stem for path in folder.glob("[!_]*.py"))
     if arguments.name is None:
         return [(name, f"raysys bench {name}") for name in names]
     if arguments.name not in names:
