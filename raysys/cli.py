@@ -132,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("pipeline", _pipeline, "prepare, train, evaluate and publish in one run")
     command.add_argument("--data", required=True)
     command.add_argument("--out", required=True, help="folder for the prepared set, the bundle and the metrics")
+    command.add_argument("--prepare-config", default=None, metavar="FILE", help="YAML settings of prepare, such as event types")
     command.add_argument("--split", choices=["leave-one-out", "time", "none"], default="leave-one-out")
     command.add_argument("--registry", default=None, help="publish there when given")
     command.add_argument("--seed", type=int, default=None)
@@ -304,17 +305,19 @@ def _recommend(arguments: argparse.Namespace) -> Rows:
 def _pipeline(arguments: argparse.Namespace) -> Rows:
     from raysys.evaluate.report import write_report
     from raysys.evaluate.run import evaluate, summary_rows
+    from raysys.prepare.config import PrepareConfig
     from raysys.prepare.run import prepare
     from raysys.registry import Registry
     from raysys.train.config import load_train_config
     from raysys.train.run import train
 
     settings, given = load_train_config(arguments.config, arguments.overrides)
+    prepare_settings = config.load(PrepareConfig, arguments.prepare_config)
     data, out = cluster.location(arguments.data, "--data"), cluster.location(arguments.out, "--out")
     prepared, bundle = storage.join(out, "prepared"), storage.join(out, "bundle")
     budget = parse_seconds(arguments.time_budget)
     with cluster.connected():
-        prepare(data, prepared, split=arguments.split)
+        prepare(data, prepared, split=arguments.split, config=prepare_settings)
         train(prepared, bundle, settings, given=given, seed=arguments.seed, time_budget_s=budget)
     rows: Rows = []
     if arguments.split != "none":

@@ -164,10 +164,11 @@ class EmbeddedState:
             txn.put(key, orjson.dumps(kept), db=self._tables["users"])
         elif kind == "erase":
             key = bytes.fromhex(record["user_key"])
+            for entry in orjson.loads(txn.get(key, db=self._tables["histories"]) or b"[]"):
+                if entry[4]:
+                    txn.delete(user_key(entry[4]), db=self._tables["sessions"])
             for table in ("histories", "users"):
                 txn.delete(key, db=self._tables[table])
-            for session in record.get("sessions", []):
-                txn.delete(bytes.fromhex(session), db=self._tables["sessions"])
             txn.put(key, U64.pack(int(record["at"] * 1000)), db=self._tables["erased"])
         return True
 

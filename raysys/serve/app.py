@@ -29,6 +29,7 @@ class AppArgs(BaseModel):
     events: str | None = Field(None, description="event log; default RAYSYS_EVENTS, else a folder under RAYSYS_HOME")
     state: str | None = Field(None, description="online state; default RAYSYS_STATE, else a folder under RAYSYS_HOME")
     threads: int = Field(1, ge=1, description="torch threads of each retrieval and ranking replica")
+    max_in_flight: int = Field(150, ge=1, description="requests an ingress replica works on at once; more get 503 and Retry-After")
     history_events: int = Field(500, ge=1, le=10_000, description="events kept a user in the online state")
 
 
@@ -50,7 +51,7 @@ def build(args: AppArgs) -> Application:
     ingress, retrieval, ranking, ingestion = (_deployment(name) for name in ("Ingress", "Retrieval", "Ranking", "Ingestion"))
     models = [stage.bind(registry, args.threads) for stage in (retrieval, ranking)]
     writer = ingestion.options(ray_actor_options=_actor(on_node)).bind(events, state, args.history_events)
-    return ingress.options(ray_actor_options=_actor(on_node)).bind(registry, state, *models, writer)
+    return ingress.options(ray_actor_options=_actor(on_node)).bind(registry, state, *models, writer, args.max_in_flight)
 
 
 def _deployment(name: str) -> Deployment:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from raysys import storage
@@ -35,6 +36,8 @@ from raysys.serve.recommender import Recommender, RetrievedOne, Version, pad_can
 LOG = logging.getLogger("ray.serve")
 POLL_S = 1.0
 """Seconds between looks at the registry's pointer."""
+WRITE_RETRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
+"""Waits before a write is repeated after its replica died; a new one is up in a few seconds."""
 KEEP_VERSIONS = 2
 """Bundles a replica keeps loaded: the current one, and the one that requests under way may still name."""
 NOTHING_PUBLISHED = "no model published; run `raysys train --prepared DIR --out BUNDLE`, then `raysys publish BUNDLE --registry {registry}`"
@@ -277,11 +280,20 @@ class HandleWriter:
         self._ingestion = ingestion
 
     async def write(self, records: list[Record]) -> list[bool]:
-        """See `http.Writer.write`."""
-        try:
-            return await self._ingestion.write.remote(records)
-        except serve.exceptions.BackPressureError:
-            raise ServeOverloaded("too many writes are waiting; retry in a second") from None
+        """See `http.Writer.write`; a write under way in a replica that dies is repeated on its successor.
+
+        That is safe: every event carries an `event_id` by now, and setting an attribute twice is setting it.
+        """
+        for wait_s in (*WRITE_RETRIES_S, None):
+            try:
+                return await self._ingestion.write.remote(records)
+            except serve.exceptions.BackPressureError:
+                raise ServeOverloaded("too many writes are waiting; retry in a second") from None
+            except RayError as error:
+                if wait_s is None or isinstance(error, RayTaskError):
+                    raise
+                await asyncio.sleep(wait_s)
+        raise AssertionError("the last attempt returns or raises")
 
     async def reject(self, entries: list[dict]) -> None:
         """See `http.Writer.reject`."""
@@ -302,14 +314,27 @@ class Ingress:
     """HTTP, user state and the order of stages; follows the registry to the newest version that every stage can load.
 
     Args:
-        registry, state: URIs.
-        retrieval, ranking, ingestion: handles.
+        registry: URI of published bundles.
+        state: URI of the online state.
+        retrieval: handle.
+        ranking: handle.
+        ingestion: handle.
+        max_in_flight: requests at once; more are shed.
     """
 
-    def __init__(self, registry: str, state: str, retrieval: DeploymentHandle, ranking: DeploymentHandle, ingestion: DeploymentHandle):
+    def __init__(
+        self,
+        registry: str,
+        state: str,
+        retrieval: DeploymentHandle,
+        ranking: DeploymentHandle,
+        ingestion: DeploymentHandle,
+        max_in_flight: int,
+    ):
         self._registry = Registry(registry)
         self._registry_uri = registry
         self._problem: str | None = None
+        self._max_in_flight = max_in_flight
         self._writer = HandleWriter(ingestion)
         self._recommender = Recommender(open_state(state), HandleBackend(retrieval, ranking))
         self._follow_once()
@@ -317,7 +342,13 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - Serve's own hook
         """The FastAPI app, once the replica knows its models."""
-        return create_app(self._recommender, self._writer, models=self._registry.versions, not_ready=self._not_ready)
+        return create_app(
+            self._recommender,
+            self._writer,
+            models=self._registry.versions,
+            not_ready=self._not_ready,
+            max_in_flight=self._max_in_flight,
+        )
 
     def _not_ready(self) -> str | None:
         """Why no model answers, or None."""

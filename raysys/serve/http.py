@@ -65,26 +65,41 @@ def error_response(status: int, kind: str, message: str, field: str | None = Non
 
 
 class Guard:
-    """Key and body size, before anything is read. Plain ASGI: Starlette's own wrapper costs as much as a whole answer.
+    """Key, body size and load, before anything is read. Plain ASGI: Starlette's own wrapper costs as much as a whole answer.
 
     Args:
         app: what is guarded.
         expected_key: empty for no check.
+        max_in_flight: requests at once.
     """
 
-    def __init__(self, app: ASGIApp, expected_key: bytes):
-        self.app, self.expected_key = app, expected_key
+    def __init__(self, app: ASGIApp, expected_key: bytes, max_in_flight: int):
+        self.app, self.expected_key, self.max_in_flight = app, expected_key, max_in_flight
+        self.in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        await (refusal or self.app)(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        self.in_flight += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.in_flight -= 1
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = dict(scope["headers"])
         if self.expected_key and scope["path"] not in OPEN_PATHS:
             if not hmac.compare_digest(headers.get(b"x-api-key", b""), self.expected_key):
                 return error_response(401, "unauthorized", "expected a valid key in the X-API-Key header")
+        if self.in_flight >= self.max_in_flight and scope["path"] not in OPEN_PATHS:
+            message = f"expected at most {self.max_in_flight} requests at once; retry in a second"
+            return error_response(503, "overloaded", message, headers={"Retry-After": "1"})
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > LIMITS.max_body_bytes:
             shown = length.decode("latin-1")[:20]
@@ -100,6 +115,7 @@ def create_app(
     not_ready: Callable[[], str | None],
     clock: Callable[[], float] = time.time,
     api_key: str | None = None,
+    max_in_flight: int = 150,
 ) -> FastAPI:
     """All calls of the API.
 
@@ -109,6 +125,7 @@ def create_app(
         models: versions for `GET /v1/models`.
         not_ready: the reason why `/health/ready` says 503, None when ready.
         clock: UTC epoch seconds now.
+        max_in_flight: requests worked on at once; more are answered with 503 and Retry-After.
         api_key: expected in `X-API-Key`; default from the environment, no check without one.
     """
     app = FastAPI(
@@ -123,7 +140,7 @@ def create_app(
     impressions = ImpressionBuffer(writer.post)
     state = recommender.state
 
-    app.add_middleware(Guard, expected_key=expected_key)
+    app.add_middleware(Guard, expected_key=expected_key, max_in_flight=max_in_flight)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

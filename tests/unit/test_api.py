@@ -293,6 +293,35 @@ def test_erased_user_is_gone_also_from_the_bundle(world):
     assert world.ask(user_id="user-0", n=3)["strategy"] == "cold_start"
 
 
+def test_erasure_reaches_the_sessions_of_the_user(world):
+    world.client.post("/v1/events", json={"user_id": "u", "session_id": "s-9", "item_id": "item-001"})
+    assert world.ask(session_id="s-9", n=3)["strategy"] == "session"
+    world.client.delete("/v1/users/u")
+    assert world.ask(session_id="s-9", n=3)["strategy"] == "cold_start"
+
+
+def test_more_requests_than_agreed_are_shed_in_our_shape(world):
+    import threading
+
+    world.recommender.budget = Budget(ranking_s=5.0)
+    world.backend.slow_s = 0.5
+    app = create_app(world.recommender, LocalWriter(world.store, None), models=list, not_ready=lambda: None, max_in_flight=2)
+    answers = []
+    with TestClient(app) as client:
+        threads = [
+            threading.Thread(target=lambda: answers.append(client.post("/v1/recommend", json={"user_id": "user-1"}))) for _ in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        statuses = [answer.status_code for answer in answers]
+        assert statuses.count(200) >= 2 and statuses.count(503) >= 1 and set(statuses) == {200, 503}
+        shed = next(answer for answer in answers if answer.status_code == 503)
+        assert shed.headers["retry-after"] == "1" and shed.json()["error"]["type"] == "overloaded"
+        assert client.post("/v1/recommend", json={"user_id": "user-1"}).status_code == 200
+
+
 def test_state_is_rebuilt_from_the_log(tmp_path, planted_bundle):
     world = World(tmp_path, planted_bundle)
     world.client.post("/v1/events", json={"user_id": "u", "item_id": "item-001", "event_id": "e"})
