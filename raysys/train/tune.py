@@ -7,7 +7,9 @@ settings as they were given, so the winner is never worse than those on validati
 """
 
 import copy
+import dataclasses
 import os
+import typing
 from typing import Any
 
 import numpy as np
@@ -98,7 +100,7 @@ def read_search(values: Any) -> dict[str, dict]:
     if not isinstance(values, dict) or not values:
         raise ConfigError(f"search: expected a mapping of settings, got {values!r}")
     space = {}
-    for name, domain in _domains(values, ""):
+    for name, domain in _domains(values):
         known = f"expected one of {', '.join(KINDS)}, such as {{uniform: [0.1, 0.5]}}"
         if not isinstance(domain, dict) or len(domain) != 1 or next(iter(domain)) not in KINDS:
             raise ConfigError(f"search.{name}: {known}, got {domain!r}")
@@ -108,7 +110,7 @@ def read_search(values: Any) -> dict[str, dict]:
         kind, bounds = next(iter(domain.items()))
         space[name] = {kind: _bounds(name, kind, bounds)}
         for value in space[name][kind]:
-            _with(TrainConfig(), {name: value}, f"search.{name}")
+            _check_value(name, value)
     return space
 
 
@@ -132,12 +134,11 @@ def draw(search: dict[str, dict], count: int, seed: int) -> list[dict]:
     return points
 
 
-def _domains(values: dict, prefix: str) -> list[tuple[str, Any]]:
+def _domains(values: dict) -> list[tuple[str, Any]]:
     found = []
-    for key, value in values.items():
-        inner = list(value.items()) if isinstance(value, dict) else []
-        nested = inner and all(name not in KINDS and isinstance(domain, dict) for name, domain in inner)
-        found += _domains(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
+    for name, domain in values.items():
+        is_section = f"{name}." in SEARCHED and isinstance(domain, dict)
+        found += [(f"{name}.{inner}", value) for inner, value in domain.items()] if is_section else [(str(name), domain)]
     return found
 
 
@@ -156,7 +157,15 @@ def _bounds(name: str, kind: str, bounds: Any) -> list:
     return [low, high]
 
 
-def _with(settings: TrainConfig, choice: dict, where: str = "search") -> TrainConfig:
+def _check_value(name: str, value: Any) -> None:
+    """Refuse an unknown name or a wrong type; whether values go together shows only when all are drawn."""
+    section, _, field = name.partition(".")
+    hints = typing.get_type_hints(typing.get_type_hints(TrainConfig)[section])
+    fields = [(known, hint, dataclasses.field(default=None)) for known, hint in hints.items()]
+    config.from_dict(dataclasses.make_dataclass(section, fields), {field: value}, where=f"search.{section}")
+
+
+def _with(settings: TrainConfig, choice: dict) -> TrainConfig:
     values = config.to_dict(settings)
     for name, value in choice.items():
         nested: Any = value
@@ -166,7 +175,7 @@ def _with(settings: TrainConfig, choice: dict, where: str = "search") -> TrainCo
     try:
         return config.from_dict(TrainConfig, values)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"search: {error}") from None
 
 
 def _get(settings: TrainConfig, name: str) -> Any:
@@ -181,7 +190,7 @@ def _run(prepared_uri: str, candidates: list[TrainConfig], out: str) -> list[dic
     first = candidates[0]
     watcher = _Watcher([candidate.encoder.patience for candidate in candidates], first.encoder.epochs)
     cpus = first.scaling.cpus_per_worker or 1
-    resources: dict[str, float] = {"cpu": cpus, "gpu": 1} if first.scaling.use_gpu else {"cpu": cpus}
+    resources = {"cpu": float(cpus), "gpu": 1.0} if first.scaling.use_gpu else {"cpu": float(cpus)}
     # Tune's tables, and the logs it writes of each trial beside the one it reads itself, say nothing that `trials.json` does not.
     os.environ.update({"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"})
     work = storage.join(out, "work")

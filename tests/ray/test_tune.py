@@ -69,10 +69,9 @@ def test_the_best_of_a_few_trials_is_left_for_train(ray_cluster, prepared, tmp_p
         ({"encoder.lr": {"uniform": [1]}}, r"search.encoder.lr: expected uniform: \[low, high\], got \[1\]"),
         ({"encoder.lr": {"loguniform": [0, 1]}}, "with 0 < low < high"),
         ({"encoder.lr": {"choice": []}}, r"expected choice: \[one or more values\]"),
-        ({"encoder.lr": {"choice": ["fast"]}}, "search.encoder.lr: encoder.lr: expected float, got 'fast'"),
-        ({"encoder.epoch": {"choice": [1]}}, "search.encoder.epoch: unknown setting 'encoder.epoch'; did you mean 'epochs'"),
-        ({"interest": {"dim": {"uniform": [8, 64]}}}, "search.interest.dim: interest.dim: expected int, got 8.0"),
-        ({"interest.dim": {"choice": [31]}}, "search.interest.dim: interest: expected num_heads to divide dim"),
+        ({"encoder.lr": {"choice": ["fast"]}}, "search.encoder.lr: expected float, got 'fast'"),
+        ({"encoder.epoch": {"choice": [1]}}, "unknown setting 'search.encoder.epoch'; did you mean 'epochs'"),
+        ({"interest": {"dim": {"uniform": [8, 64]}}}, "search.interest.dim: expected int, got 8.0"),
         (
             {"covisit.window": {"randint": [1, 9]}},
             "search.covisit.window: cannot be searched, because only settings under",
@@ -96,13 +95,8 @@ def test_wrong_settings_are_refused_before_anything_starts(prepared, tmp_path):
     refused("--samples: expected at least 1, got 0", samples=0)
     refused("search.encoder.lr: expected", overrides=["search.encoder.lr=fast"])
     # Each value alone is possible, together they are not.
-    refused(
-        "search: interest: expected num_heads to divide dim",
-        samples=20,
-        search={"interest.dim": {"choice": [20]}, "interest.num_heads": {"choice": [1, 2]}},
-        interest={"num_heads": 3, "dim": 21},
-        overrides=["search.interest.num_heads={choice: [3]}"],
-    )
+    space = {"interest.dim": {"choice": [20, 40]}, "interest.num_heads": {"choice": [3]}}
+    refused("search: interest: expected num_heads to divide dim, got dim=[24]0, num_heads=3", search=space)
 
 
 def test_points_are_drawn_inside_the_space_and_with_the_seed():
