@@ -25,6 +25,9 @@ from raysys.models.base import Arrays, Meta
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
 
+MAX_SOFTMAX_ITEMS = 20_000
+"""Items in the denominator of the training softmax; bounds time and memory of a step."""
+
 
 @dataclass(frozen=True)
 class DotProductConfig:
@@ -91,22 +94,20 @@ class DotProduct:
         config = config or DotProductConfig()
         generator = torch.Generator().manual_seed(seed)
         rng = np.random.default_rng(seed)
-        weights = torch.empty(config.dim, num_items).normal_(0, 0.1, generator=generator).requires_grad_()
+        weights = torch.empty(num_items, config.dim).normal_(0, 0.1, generator=generator).requires_grad_()
         vectors = torch.empty(num_items, config.dim).normal_(0, 0.1, generator=generator).requires_grad_()
         scale = torch.tensor([1.0, -2.0], requires_grad=True)
         positions = np.flatnonzero(np.arange(len(sequences.items)) > sequences.indptr[:-1][sequences.rows])
-        model = cls(weights.detach().numpy(), vectors.detach().numpy(), (1.0, 0.0), config)
-        if len(positions) == 0:
-            return model
         optimizer = torch.optim.Adam([weights, vectors, scale], lr=config.lr)
-        for _ in range(config.steps):
+        for _ in range(config.steps if len(positions) else 0):
             batch = rng.choice(positions, min(config.batch_size, len(positions)), replace=False)
             query = sequences.queries_before(batch, max_events=config.max_history)
-            history = torch.from_numpy(_mean_one_hot(query, num_items, config.max_history).toarray())
-            interest = torch.softmax(history @ weights.T, dim=1)
+            # W h, with h the mean of one-hot rows: the mean of the rows of W's transpose that it picks.
+            items, firsts = torch.from_numpy(query.items.astype(np.int64)), torch.from_numpy(query.indptr[:-1])
+            interest = torch.softmax(F.embedding_bag(items, weights, firsts, mode="mean"), dim=1)
             target = torch.from_numpy(sequences.items[batch].astype(np.int64))
             if config.loss == "cross_entropy":
-                loss = F.cross_entropy(interest @ vectors.T, target)
+                loss = _catalogue_loss(interest, vectors, target, rng)
             else:
                 others = torch.from_numpy(rng.integers(0, num_items, (len(batch), config.negatives)))
                 rows = torch.cat([target[:, None], others], dim=1)
@@ -118,8 +119,8 @@ class DotProduct:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        calibration = (float(scale[0]), float(scale[1]))
-        return cls(weights.detach().numpy(), vectors.detach().numpy(), calibration, config)
+        slope, intercept = scale.detach().tolist()
+        return cls(weights.detach().numpy().T, vectors.detach().numpy(), (slope, intercept), config)
 
     def user_vectors(self, queries: Queries) -> np.ndarray:
         """(B, D) float32 interest vectors; uniform for an empty history."""
@@ -148,6 +149,16 @@ class DotProduct:
     def from_arrays(cls, arrays: Arrays, meta: Meta) -> "DotProduct":
         """The model back from `to_arrays`."""
         return cls(arrays["weights"], arrays["item_vectors"], tuple(meta["calibration"]), DotProductConfig(**meta["config"]))
+
+
+def _catalogue_loss(interest: torch.Tensor, vectors: torch.Tensor, target: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Cross-entropy of the next item over the catalogue; over a uniform sample of it and the target where it is large."""
+    if len(vectors) <= MAX_SOFTMAX_ITEMS:
+        return F.cross_entropy(interest @ vectors.T, target)
+    others = torch.from_numpy(rng.integers(0, len(vectors), MAX_SOFTMAX_ITEMS))
+    logits = (interest @ vectors[others].T).masked_fill(others[None, :] == target[:, None], -torch.inf)
+    of_target = (interest * vectors[target]).sum(dim=1, keepdim=True)
+    return F.cross_entropy(torch.cat([of_target, logits], dim=1), torch.zeros_like(target))
 
 
 def _mean_one_hot(queries: Queries, num_items: int, max_history: int) -> sparse.csr_array:
