@@ -252,8 +252,14 @@ def _models(arguments: argparse.Namespace) -> Rows:
     registry = default_location(arguments.registry, "registry")
     versions = Registry(registry).versions()
     marks = {version["version"]: " ".join(mark for mark in ("current", "pinned") if version.get(mark)) for version in versions}
-    rows = [(v["version"], f"published {v.get('published')}  {_short(v.get('metrics'))}  {marks[v['version']]}".rstrip()) for v in versions]
+    rows = [(v["version"], f"published {v.get('published')}  {_validation(v)}  {marks[v['version']]}".rstrip()) for v in versions]
     return rows or [("registry", f"{registry} has no published model; run `raysys publish BUNDLE --registry {registry}`")]
+
+
+def _validation(version: dict) -> str:
+    figures = (version.get("metrics") or {}).get("validation") or {}
+    figure = figures.get("final", figures.get("fused"))
+    return "" if figure is None else f"valid ndcg@10 {figure:.4f}"
 
 
 def _serve(arguments: argparse.Namespace) -> Rows:
@@ -282,7 +288,7 @@ def _online(arguments: argparse.Namespace) -> Rows:
         interval_s=arguments.interval,
         config=config.load(OnlineConfig, arguments.config, arguments.overrides),
     )
-    return [(str(key), _short(value)) for key, value in report.items()]
+    return [(str(key), _short(value)) for key, value in report.items() if not isinstance(value, dict)]
 
 
 def _recommend(arguments: argparse.Namespace) -> Rows:
