@@ -21,6 +21,8 @@ RATIOS = (0.1, 0.3, 1.0, 3.0)
 STEPS = (0.5, 0.75, 1.33, 2.0)
 """Factors tried on a weight in coordinate ascent."""
 MAX_PASSES = 4
+KEPT_PROBABILITIES = 40
+"""Matrices of pool probabilities kept at once; bounds memory."""
 MIN_GAIN = 2e-4
 """NDCG that a source must add to be used: less is noise of the validation sample."""
 
@@ -237,6 +239,7 @@ class _Pools:
         self._scores = {name: np.concatenate(values) for name, values in parts.items()}
         self._valid, self._hits = np.concatenate(valid), np.concatenate(hits)
         self._probabilities: dict[tuple[str, float], np.ndarray] = {}
+        self._normalisers: dict[tuple[str, float], np.ndarray] = {}
         for name, values in self._scores.items():
             peaks = np.where(self._valid, values, -np.inf).max(axis=1)
             top = np.sort(np.where(self._valid, values, -np.inf), axis=1)[:, -min(100, values.shape[1])]
@@ -261,11 +264,12 @@ class _Pools:
     def _probability(self, name: str, temperature: float) -> np.ndarray:
         key = (name, round(temperature, 9))
         if key not in self._probabilities:
-            if len(self._probabilities) > 40:
+            if len(self._probabilities) > KEPT_PROBABILITIES:
                 self._probabilities.pop(next(iter(self._probabilities)))
             inverse = np.float32(1.0 / temperature)
-            masses = [np.exp(shifted.astype(np.float32) * inverse).sum(axis=1) for shifted, _ in self._full[name]]
-            peaks = np.concatenate([peak for _, peak in self._full[name]])
-            normaliser = peaks * inverse + np.log(np.concatenate(masses))
-            self._probabilities[key] = np.exp(self._scores[name] * inverse - normaliser[:, None])
+            if key not in self._normalisers:  # a number a query, but made from the whole catalogue: never twice
+                masses = [np.exp(shifted.astype(np.float32) * inverse).sum(axis=1) for shifted, _ in self._full[name]]
+                peaks = np.concatenate([peak for _, peak in self._full[name]])
+                self._normalisers[key] = peaks * inverse + np.log(np.concatenate(masses))
+            self._probabilities[key] = np.exp(self._scores[name] * inverse - self._normalisers[key][:, None])
         return self._probabilities[key]

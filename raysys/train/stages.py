@@ -49,7 +49,7 @@ from raysys.train.ranker import Logged, train_ranker
 
 STATE, PARTS = "state.pt", "parts.json"
 RANKER_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
-MAX_CHOICE_SCORES = 60_000_000
+MAX_CHOICE_SCORES = 40_000_000
 """Validation queries times items looked at when fusion is chosen; bounds memory."""
 
 
