@@ -180,11 +180,17 @@ def test_a_pinned_registry_is_left_alone_until_unpin(world):
     assert (report["status"], report["events"]) == ("published", 30), "it starts again from the version that was pinned"
 
 
-def test_a_worse_update_is_refused_once_and_tried_again_with_more_events(world):
+def test_a_worse_update_is_refused_once_and_tried_again_with_more_events(world, monkeypatch):
     registry, log = world
     pointer = registry.current()
-    wild = dataclasses.replace(CONFIG, lr=100.0, epochs=3)
-    learner = learner_of(world, wild)
+
+    def ruined(encoder, *arguments, **options):
+        generator = torch.Generator().manual_seed(0)
+        for parameter in encoder.parameters():
+            parameter.data.normal_(generator=generator)
+
+    monkeypatch.setattr("raysys.online.improve.train_encoder", ruined)
+    learner = learner_of(world, CONFIG)
     log.append(events_of(walks(20, STEP, 4, np.random.default_rng(0)), 0))
     report = learner.round()
     assert report["status"] == "refused" and "the margin is 0.02" in report["reason"]
