@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -113,11 +114,23 @@ def _stack(queries: list[Queries]) -> Queries:
     return Queries(items, events, times, np.cumsum(lengths).astype(np.int64), np.concatenate([query.now for query in queries]))
 
 
-def _by_version(requests: list[tuple]) -> dict[Any, list[int]]:
-    groups: dict[Any, list[int]] = {}
+def _answer_by_version(models: Models, requests: list[Any], handle: Callable[[Pipeline, list[Any]], list[Any]]) -> list[Any]:
+    """One batch of requests, their version first in each, handled a version at a time.
+
+    Where a version fails, its requests get the exception as their answer: the others of the batch asked for something else.
+    """
+    groups: dict[str, list[int]] = {}
     for position, request in enumerate(requests):
         groups.setdefault(request[0], []).append(position)
-    return groups
+    answers: list[Any] = [None] * len(requests)
+    for version, positions in groups.items():
+        try:
+            found = handle(models.get(version), [requests[position] for position in positions])
+        except Exception as error:
+            found = [error] * len(positions)
+        for position, answer in zip(positions, found, strict=True):
+            answers[position] = answer
+    return answers
 
 
 @serve.deployment
@@ -140,17 +153,7 @@ class Retrieval:
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
     async def retrieve(self, requests: list[tuple[str, Queries, int, bytes | None, np.ndarray]]) -> list[RetrievedOne | Exception]:
         """(version, query, k, packed allowed bits or None, blocked rows) each."""
-        answers: list[Any] = [None] * len(requests)
-        for version, positions in _by_version(requests).items():
-            try:
-                pipeline = self._models.get(version)
-                group = [requests[position] for position in positions]
-                for position, answer in zip(positions, self._retrieve(pipeline, group), strict=True):
-                    answers[position] = answer
-            except Exception as error:  # one bad version must not fail the requests of another
-                for position in positions:
-                    answers[position] = error
-        return answers
+        return _answer_by_version(self._models, requests, self._retrieve)
 
     def _retrieve(self, pipeline: Pipeline, group: list[tuple]) -> list[RetrievedOne]:
         num_items = pipeline.num_items
@@ -201,20 +204,13 @@ class Ranking:
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
     async def rank(self, requests: list[tuple[str, Queries, RetrievedOne]]) -> list[tuple[np.ndarray, np.ndarray] | Exception]:
         """(version, query, candidates) each."""
-        answers: list[Any] = [None] * len(requests)
-        for version, positions in _by_version(requests).items():
-            try:
-                pipeline = self._models.get(version)
-                group = [requests[position] for position in positions]
-                candidates = pad_candidates([retrieved for _, _, retrieved in group])
-                scores, probabilities = pipeline.rank(_stack([query for _, query, _ in group]), candidates)
-                for row, position in enumerate(positions):
-                    count = len(group[row][2].items)
-                    answers[position] = (scores[row, :count], probabilities[row, :count])
-            except Exception as error:
-                for position in positions:
-                    answers[position] = error
-        return answers
+        return _answer_by_version(self._models, requests, self._rank)
+
+    def _rank(self, pipeline: Pipeline, group: list[tuple]) -> list[tuple[np.ndarray, np.ndarray]]:
+        candidates = pad_candidates([retrieved for _, _, retrieved in group])
+        scores, probabilities = pipeline.rank(_stack([query for _, query, _ in group]), candidates)
+        counts = [len(retrieved.items) for _, _, retrieved in group]
+        return [(scores[row, :count], probabilities[row, :count]) for row, count in enumerate(counts)]
 
 
 @serve.deployment
