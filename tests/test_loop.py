@@ -87,9 +87,12 @@ def test_the_loop_closes(folder):
     first = registry.publish(at["bundle"])
 
     before = Bundle.open(registry.bundle_uri(first.version))
-    answer = recommend_user(before, "user-3", 5)
-    assert answer.strategy == "personalized"
-    assert [planted.cluster_of(before.item_ids[row]) for row in answer.items].count(3) >= 4
+    answers = [recommend_user(before, user, 5) for user in planted.user_ids()[:60]]
+    assert {answer.strategy for answer in answers} == {"personalized"}
+    clusters = np.array([[planted.cluster_of(before.item_ids[row]) for row in answer.items] for answer in answers])
+    own = clusters == np.arange(60)[:, None] % planted.NUM_CLUSTERS
+    # The planted next item is one or two steps ahead; what comes third has no truth to it.
+    assert own[:, 0].mean() > 0.95 and own[:, :2].mean() > 0.85, "users are sent on along their own cluster"
     assert recommend_user(before, "somebody", 5).strategy == "cold_start"
     assert hit_rate(before, jumps(200, 5, seed=9)) < 0.3, "nobody has jumped yet"
 
@@ -100,7 +103,7 @@ def test_the_loop_closes(folder):
     for step, items in enumerate(jumps(len(people), 6, seed=1).T):
         event = {"kind": "event", "event": "rating", "value": 5.0, "timestamp": now + step}
         log.append([{**event, "user_id": user, "item_id": f"item-{item:03d}"} for user, item in zip(people, items, strict=True)])
-    report = run_online(at["registry"], at["events"], at["state"], once=True, config=OnlineConfig(margin=0.05))
+    report = run_online(at["registry"], at["events"], at["state"], once=True, config=OnlineConfig(margin=0.05, lr=3e-3, epochs=10, batch_size=32))
     assert report["status"] == "published" and report["events"] == 480
     gate = report["figures"]["gate"]["new"]
     assert gate["updated"]["ndcg@10"] > gate["serving"]["ndcg@10"] + 0.1, "on events that the judged update had not seen"
