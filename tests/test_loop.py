@@ -103,7 +103,8 @@ def test_the_loop_closes(folder):
     for step, items in enumerate(jumps(len(people), 6, seed=1).T):
         event = {"kind": "event", "event": "rating", "value": 5.0, "timestamp": now + step}
         log.append([{**event, "user_id": user, "item_id": f"item-{item:03d}"} for user, item in zip(people, items, strict=True)])
-    report = run_online(at["registry"], at["events"], at["state"], once=True, config=OnlineConfig(margin=0.05, lr=3e-3, epochs=10, batch_size=32))
+    eager = OnlineConfig(margin=0.05, lr=3e-3, epochs=10, batch_size=32)
+    report = run_online(at["registry"], at["events"], at["state"], once=True, config=eager)
     assert report["status"] == "published" and report["events"] == 480
     gate = report["figures"]["gate"]["new"]
     assert gate["updated"]["ndcg@10"] > gate["serving"]["ndcg@10"] + 0.1, "on events that the judged update had not seen"

@@ -141,6 +141,26 @@ class EventBody(Strict):
     properties: dict[str, Any] | None = Field(None, max_length=64)
 
 
+class EventsBody(Strict):
+    """A batch of events."""
+
+    events: list[EventBody] = Field(min_length=1, max_length=LIMITS.max_batch)
+
+
+class NamedItem(BaseModel):
+    """One item of a bulk write: its id and any attributes."""
+
+    model_config = ConfigDict(extra="allow")
+
+    item_id: Id
+
+
+class ItemsBody(Strict):
+    """`POST /v1/items`."""
+
+    items: list[NamedItem] = Field(min_length=1, max_length=LIMITS.max_batch)
+
+
 class ReasonBody(BaseModel):
     """Why an item is there."""
 

@@ -14,11 +14,11 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from raysys import __version__
 from raysys.errors import SchemaError, ServeOverloaded, StateError
 from raysys.events.log import Record
-from raysys.serve.api import LIMITS, AnswerBody, ErrorBody, EventsAnswer, RankBody, RecommendBody
+from raysys.serve.api import LIMITS, AnswerBody, EventBody, EventsAnswer, EventsBody, ItemsBody, RankBody, RecommendBody
 from raysys.serve.ingest import ImpressionBuffer, check_attributes, check_events, first_problem
+from raysys.serve.openapi import STATIC_URL, attributes_body, body_of, described_app, query_of
 from raysys.serve.recommender import Recommender
 
 KEY_VARIABLE = "RAYSYS_API_KEY"
@@ -64,6 +64,10 @@ def error_response(status: int, kind: str, message: str, field: str | None = Non
     return JSON({"error": {"type": kind, "field": field, "message": message}}, status_code=status, headers=headers)
 
 
+class BodyTooLarge(Exception):
+    """More bytes came than a body may have."""
+
+
 class Guard:
     """Key, body size and load, before anything is read. Plain ASGI: Starlette's own wrapper costs as much as a whole answer.
 
@@ -94,10 +98,11 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = dict(scope["headers"])
-        if self.expected_key and scope["path"] not in OPEN_PATHS:
+        is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith(f"{STATIC_URL}/")
+        if self.expected_key and not is_open:
             if not hmac.compare_digest(headers.get(b"x-api-key", b""), self.expected_key):
                 return error_response(401, "unauthorized", "expected a valid key in the X-API-Key header")
-        if self.in_flight >= self.max_in_flight and scope["path"] not in OPEN_PATHS:
+        if self.in_flight >= self.max_in_flight and not is_open:
             message = f"expected at most {self.max_in_flight} requests at once; retry in a second"
             return error_response(503, "overloaded", message, headers={"Retry-After": "1"})
         length = headers.get(b"content-length", b"0")
@@ -128,13 +133,7 @@ def create_app(
         max_in_flight: requests worked on at once; more are answered with 503 and Retry-After.
         api_key: expected in `X-API-Key`; default from the environment, no check without one.
     """
-    app = FastAPI(
-        title="raysys",
-        version=__version__,
-        description="Real-time recommendations: ask, tell, and see the next answer change.",
-        responses={status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 503)},
-        redirect_slashes=False,
-    )
+    app = described_app()
     app.state.recommender = recommender
     expected_key = (api_key or os.environ.get(KEY_VARIABLE) or "").encode()
     impressions = ImpressionBuffer(writer.post)
@@ -169,12 +168,16 @@ def create_app(
     async def broken_state(request: Request, error: StateError) -> Response:
         return error_response(503, "state_unavailable", str(error), headers={"Retry-After": "5"})
 
+    @app.exception_handler(BodyTooLarge)
+    async def too_large(request: Request, error: BodyTooLarge) -> Response:
+        return error_response(413, "too_large", f"expected a body of at most {LIMITS.max_body_bytes} bytes, got more")
+
     async def parse(request: Request) -> Any:
         body = b""
         async for chunk in request.stream():
             body += chunk
-            if len(body) > LIMITS.max_body_bytes:
-                raise SchemaError(f"expected a body of at most {LIMITS.max_body_bytes} bytes, got more")
+            if len(body) > LIMITS.max_body_bytes:  # a chunked body has no length for `Guard` to look at
+                raise BodyTooLarge
         try:
             return orjson.loads(body)
         except orjson.JSONDecodeError as error:
@@ -190,21 +193,24 @@ def create_app(
         impressions.add(result)
         return JSON(result)
 
-    def documented(model: type[BaseModel]) -> dict:
-        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        schema.pop("$defs", None)
-        return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
-
-    @app.post("/v1/recommend", response_model=AnswerBody, openapi_extra=documented(RecommendBody))
+    @app.post("/v1/recommend", response_model=AnswerBody, openapi_extra=body_of(RecommendBody))
     async def recommend(request: Request) -> Response:
         """Personal recommendations for a user, a session or an inline history."""
         return await answer(request, RecommendBody, recommender.recommend)
 
-    @app.get("/v1/recommend/{user_id}", response_model=AnswerBody)
-    async def recommend_user(user_id: str, n: int = 10, offset: int = 0) -> Response:
+    def query(request: Request, *known: str) -> dict[str, str]:
+        """Parameters of a GET; an unknown one is refused like an unknown field."""
+        given = dict(request.query_params)
+        for name in given:
+            if name not in known:
+                raise SchemaError(f"{name}: unknown parameter {name!r}, expected {', '.join(known)}")
+        return given
+
+    @app.get("/v1/recommend/{user_id}", response_model=AnswerBody, openapi_extra=query_of("n", "k", "top_k", "offset"))
+    async def recommend_user(user_id: str, request: Request) -> Response:
         """The same for one user, by GET."""
         try:
-            body = RecommendBody(user_id=user_id, n=n, offset=offset)
+            body = RecommendBody.model_validate({**query(request, "n", "k", "top_k", "offset"), "user_id": user_id})
         except ValidationError as error:
             field, message = first_problem(error.errors())
             return error_response(400, "invalid", message, field)
@@ -212,19 +218,20 @@ def create_app(
         impressions.add(result)
         return JSON(result)
 
-    @app.post("/v1/rank", response_model=AnswerBody, openapi_extra=documented(RankBody))
+    @app.post("/v1/rank", response_model=AnswerBody, openapi_extra=body_of(RankBody))
     async def rank(request: Request) -> Response:
         """The given candidates in the user's order."""
         return await answer(request, RankBody, recommender.rank)
 
-    @app.get("/v1/items/{item_id}/similar", response_model=AnswerBody)
-    async def similar(item_id: str, n: int = 10) -> Response:
+    @app.get("/v1/items/{item_id}/similar", response_model=AnswerBody, openapi_extra=query_of("n"))
+    async def similar(item_id: str, request: Request) -> Response:
         """Items that go with one item."""
-        if not 1 <= n <= LIMITS.max_n:
-            return error_response(400, "invalid", f"expected 1 to {LIMITS.max_n}, got {n}", "n")
-        return JSON(await recommender.similar(item_id, n))
+        text = query(request, "n").get("n", "10")
+        if not text.isdecimal() or not 1 <= int(text) <= LIMITS.max_n:
+            return error_response(400, "invalid", f"expected a whole number from 1 to {LIMITS.max_n}, got {text[:20]!r}", "n")
+        return JSON(await recommender.similar(item_id, int(text)))
 
-    @app.post("/v1/events", response_model=EventsAnswer)
+    @app.post("/v1/events", response_model=EventsAnswer, openapi_extra=body_of(EventBody, EventsBody))
     async def events(request: Request) -> Response:
         """One event or a batch; a rejected record never blocks the others. Once answered, accepted events survive any crash."""
         records, rejected = check_events(body := await parse(request), clock())
@@ -245,14 +252,14 @@ def create_app(
             raise SchemaError(f"{field}: expected an id of 1 to {LIMITS.max_id_length} bytes, got {item_id!r:.80}")
         return item_id
 
-    @app.put("/v1/items/{item_id}")
+    @app.put("/v1/items/{item_id}", openapi_extra=attributes_body())
     async def put_item(item_id: str, request: Request) -> Response:
         """Create an item or replace its attributes; recommendable within seconds."""
         attributes = check_attributes(await parse(request), what="item")
         await write_items([(checked_id(item_id, "item_id"), attributes)], replace=True)
         return JSON({"item_id": item_id, "accepted": True})
 
-    @app.patch("/v1/items/{item_id}")
+    @app.patch("/v1/items/{item_id}", openapi_extra=attributes_body())
     async def patch_item(item_id: str, request: Request) -> Response:
         """Change some attributes; null removes one."""
         attributes = check_attributes(await parse(request), what="item")
@@ -262,7 +269,7 @@ def create_app(
         await write_items([(item_id, attributes)], replace=False)
         return JSON({"item_id": item_id, "accepted": True})
 
-    @app.post("/v1/items")
+    @app.post("/v1/items", openapi_extra=body_of(ItemsBody))
     async def post_items(request: Request) -> Response:
         """Create or replace many items: {"items": [{item_id, ...}]}."""
         body = await parse(request)
@@ -306,12 +313,12 @@ def create_app(
         await writer.write([record])
         return JSON({"user_id": user_id, "accepted": True})
 
-    @app.put("/v1/users/{user_id}")
+    @app.put("/v1/users/{user_id}", openapi_extra=attributes_body())
     async def put_user(user_id: str, request: Request) -> Response:
         """Set a user's attributes."""
         return await write_user(user_id, request, replace=True)
 
-    @app.patch("/v1/users/{user_id}")
+    @app.patch("/v1/users/{user_id}", openapi_extra=attributes_body())
     async def patch_user(user_id: str, request: Request) -> Response:
         """Change some attributes; null removes one."""
         return await write_user(user_id, request, replace=False)

@@ -385,12 +385,14 @@ class Worker:
                 ranks = (scores > of_target).sum(axis=1)
                 gains[weight].append(np.where(hit.any(axis=1) & (ranks < 10), 1 / np.log2(ranks + 2.0), 0.0))
         means = {weight: float(np.concatenate(values).mean()) for weight, values in gains.items()}
-        best = max(means, key=lambda weight: means[weight])
-        # A gain that is within half a standard error of nothing is nothing.
-        difference = np.concatenate(gains[best]) - np.concatenate(gains[0.0])
-        if difference.mean() <= 0.5 * difference.std() / np.sqrt(len(difference)):
-            best = 0.0
-        return best, means
+        best = np.concatenate(gains[max(means, key=lambda weight: means[weight])])
+
+        def is_as_good(weight: float) -> bool:
+            behind = best - np.concatenate(gains[weight])
+            return behind.mean() <= behind.std() / np.sqrt(len(behind))
+
+        # The least weight within one standard error of the best one: more than that is fitted to the sample.
+        return next(weight for weight in RANKER_WEIGHTS if is_as_good(weight)), means
 
     def _share(self, share: float) -> float | None:
         """The moment when a share of what is left of the time budget is used up."""

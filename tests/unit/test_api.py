@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 
 import numpy as np
 import pytest
@@ -362,18 +363,31 @@ def test_api_key_is_asked_for(tmp_path, planted_bundle, monkeypatch):
     world.store.close()
 
 
-def test_openapi_lists_every_call(world):
-    paths = world.client.get("/openapi.json").json()["paths"]
+def test_openapi_describes_every_call(world):
+    description = world.client.get("/openapi.json").json()
+    paths = description["paths"]
     for path in (
         "/v1/recommend",
         "/v1/recommend/{user_id}",
         "/v1/rank",
         "/v1/items/{item_id}/similar",
         "/v1/events",
+        "/v1/items",
         "/v1/items/{item_id}",
+        "/v1/users/{user_id}",
     ):
         assert path in paths
-    assert world.client.get("/docs").status_code == 200
+        for verb, call in paths[path].items():
+            assert ("requestBody" in call) == (verb in ("post", "put", "patch")), (verb, path)
+    references = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(description)))
+    assert references <= set(description["components"]["schemas"]), "a reference leads nowhere"
+
+
+def test_the_page_of_the_api_needs_no_other_host(world):
+    page = world.client.get("/docs").text
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert sources and not [source for source in sources if "//" in source]
+    assert all(world.client.get(source).status_code == 200 for source in sources)
 
 
 LONG = "x" * (LIMITS.max_id_length + 1)
@@ -412,8 +426,12 @@ WRONG = [
     ("POST", "/v1/recommend", b"\xff\xfe\x00", 400, None, "JSON"),
     ("POST", "/v1/recommend", b'{"user_id": "u", "diversity": NaN}', 400, None, "JSON"),
     ("GET", "/v1/recommend/u?n=0", None, 400, "n", "greater than or equal to 1"),
-    ("GET", "/v1/recommend/u?n=abc", None, 400, "query.n", "integer"),
-    ("GET", "/v1/items/item-001/similar?n=0", None, 400, "n", "1 to"),
+    ("GET", "/v1/recommend/u?n=abc", None, 400, "n", "integer"),
+    ("GET", "/v1/recommend/u?limit=5", None, 400, "limit", "unknown parameter 'limit'"),
+    ("GET", "/v1/recommend/u?n=5&k=6", None, 400, None, "one of n, k and top_k"),
+    ("GET", "/v1/items/item-001/similar?k=5", None, 400, "k", "unknown parameter 'k'"),
+    ("GET", "/v1/items/item-001/similar?n=five", None, 400, "n", "whole number"),
+    ("GET", "/v1/items/item-001/similar?n=0", None, 400, "n", "from 1 to"),
     ("POST", "/v1/rank", {"user_id": "u"}, 400, "candidates", "missing"),
     ("POST", "/v1/rank", {"user_id": "u", "candidates": []}, 400, "candidates", "at least 1 item"),
     ("POST", "/v1/rank", {"user_id": "u", "candidates": "item-001"}, 400, "candidates", "list"),
@@ -436,6 +454,12 @@ WRONG = [
     ("DELETE", "/v1/recommend", None, 405, None, "DELETE"),
     ("POST", "/v1/recommend", b"x" * (LIMITS.max_body_bytes + 1), 413, None, str(LIMITS.max_body_bytes)),
 ]
+
+
+def test_a_body_without_a_stated_length_is_cut_off_too(shared_world):
+    chunks = (b"x" * 65536 for _ in range(LIMITS.max_body_bytes // 65536 + 1))
+    answer = shared_world.client.post("/v1/recommend", content=chunks)
+    assert answer.status_code == 413 and answer.json()["error"]["type"] == "too_large"
 
 
 @pytest.fixture(scope="module")

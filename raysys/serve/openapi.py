@@ -1,0 +1,71 @@
+"""The description of the API: `/openapi.json`, and a page at `/docs` that loads nothing from other hosts.
+
+Handlers read their bodies themselves (one parse with orjson, our own error shape), so FastAPI cannot
+see what they take; it is told here.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from raysys import __version__
+from raysys.serve.api import ErrorBody, EventBody, EventsBody, ItemsBody, RankBody, RecommendBody
+
+STATIC_URL = "/static-offline-docs"
+"""Where the page's script and style come from."""
+REQUEST_BODIES = (RecommendBody, RankBody, EventBody, EventsBody, ItemsBody)
+REF = "#/components/schemas/{model}"
+ATTRIBUTES = {
+    "type": "object",
+    "description": "attributes, flat: text, numbers, true or false, lists; null removes one",
+    "additionalProperties": True,
+    "example": {"title": "A new film", "categories": ["Comedy"], "available": True},
+}
+
+
+def described_app() -> FastAPI:
+    """An app without calls yet; what its description will say of errors and request bodies is set."""
+    app = FastAPIOffline(
+        title="raysys",
+        version=__version__,
+        description="Real-time recommendations: ask, tell, and see the next answer change.",
+        responses={status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 503)},
+        redirect_slashes=False,
+        redoc_url=None,
+        static_url=STATIC_URL,
+    )
+    generated = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schemas = generated()["components"]["schemas"]
+            _, definitions = models_json_schema([(model, "validation") for model in REQUEST_BODIES], ref_template=REF)
+            schemas.update(definitions["$defs"])
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app
+
+
+def body_of(*models: type[BaseModel]) -> dict:
+    """`openapi_extra` of a call that takes one of the models as JSON."""
+    references = [{"$ref": REF.format(model=model.__name__)} for model in models]
+    return _body(references[0] if len(references) == 1 else {"anyOf": references})
+
+
+def attributes_body() -> dict:
+    """`openapi_extra` of a call that takes the attributes of an item or a user."""
+    return _body(ATTRIBUTES)
+
+
+def query_of(*names: str) -> dict:
+    """`openapi_extra` of a call with whole numbers as query parameters."""
+    return {"parameters": [{"name": name, "in": "query", "required": False, "schema": {"type": "integer"}} for name in names]}
+
+
+def _body(schema: dict) -> dict:
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
