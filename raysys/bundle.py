@@ -165,6 +165,17 @@ class Bundle:
         content = self.models.get("content")
         return None if content is None else content.item_vectors
 
+    @property
+    def key_problem(self) -> str | None:
+        """Why no user's history can be found here, None where it can: keys are hashes under a secret that this machine must share."""
+        written_with = self.manifest["user_key_id"]
+        if written_with == key_id() or len(self.histories) == 0:
+            return None
+        return (
+            f"the histories of {self.version} were written with user key {written_with}, this machine has {key_id()}: "
+            "its users look like strangers here; set RAYSYS_USER_KEY or RAYSYS_HOME as where it was trained"
+        )
+
     def write(self, uri: str, *, manifest: Mapping[str, Any]) -> str:
         """Write the bundle to an empty or missing folder; complete or absent, never half.
 

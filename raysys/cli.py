@@ -298,6 +298,8 @@ def _recommend(arguments: argparse.Namespace) -> Rows:
     bundle = Bundle.open(cluster.location(arguments.model, "--model"))
     if arguments.k < 1:
         raise ConfigError(f"-k: expected at least 1, got {arguments.k}")
+    if bundle.key_problem:
+        print(f"warning: {bundle.key_problem}", file=sys.stderr)
     answer = recommend_user(bundle, arguments.user, arguments.k)
     titles = bundle.items["title"].to_pylist() if "title" in bundle.items.column_names else bundle.item_ids
     print(f"strategy {answer.strategy}, version {bundle.version}")

@@ -25,7 +25,6 @@ import numpy as np
 from raysys import cluster, storage
 from raysys.bundle import Bundle, load_model
 from raysys.errors import BundleError, ConfigError, StateError
-from raysys.events.identity import key_id
 from raysys.events.log import open_log
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import Fresh, merged_histories, read_fresh
@@ -126,12 +125,8 @@ class Learner:
     def _open(self, version: str) -> Bundle:
         if self._bundle is None or self._bundle.version != version:
             self._bundle = Bundle.open(self.registry.bundle_uri(version))
-            written_with = self._bundle.manifest["user_key_id"]
-            if written_with != key_id():
-                raise ConfigError(
-                    f"{version} was written with user key {written_with}, this machine has {key_id()}: histories could not be joined; "
-                    "set RAYSYS_USER_KEY or RAYSYS_HOME as where it was trained"
-                )
+            if problem := self._bundle.key_problem:
+                raise ConfigError(problem)
         return self._bundle
 
     def _publish(self, bundle: Bundle, fresh: Fresh, result: Improvement, pointer: Pointer) -> dict[str, Any]:

@@ -356,7 +356,8 @@ def create_app(
         if reason is not None:
             return error_response(503, "not_ready", reason, headers={"Retry-After": "5"})
         assert recommender.version is not None
-        return JSON({"status": "ready", "model_version": recommender.version.bundle.version})
+        bundle = recommender.version.bundle
+        return JSON({"status": "ready", "model_version": bundle.version, "warnings": [bundle.key_problem] if bundle.key_problem else []})
 
     @app.get("/v1/models")
     async def list_models() -> Response:

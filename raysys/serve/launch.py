@@ -61,9 +61,11 @@ def launch(
         registry=registry, events=events, state=state, host=host, port=port, config_path=config_path, insecure=insecure, require_model=False
     ) as base_url:
         print(f"raysys serves at {base_url} (API: {base_url}/docs); Ctrl-C stops it", flush=True)
-        status = _get_status(f"{base_url}/health/ready")
-        if status != "ready":
-            print(f"not ready: {status}", flush=True)
+        ready = _health(f"{base_url}/health/ready")
+        if ready["status"] != "ready":
+            print(f"not ready: {ready['status']}", flush=True)
+        for warning in ready.get("warnings", ()):
+            print(f"warning: {warning}", flush=True)
         try:
             signal.pause()
         except (KeyboardInterrupt, SystemExit):
@@ -153,24 +155,25 @@ def _wait(base_url: str, process: subprocess.Popen, log_path: Path, wanted: str)
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RaysysError(f"the service ended with status {process.returncode} while starting:\n{_tail(log_path)}")
-        reason = _get_status(base_url + path)
+        reason = _health(base_url + path)["status"]
         if reason == wanted:
             return
         time.sleep(0.2)
     raise RaysysError(f"the service did not become {wanted} within {READY_TIMEOUT_S:.0f} s ({reason}); end of its log:\n{_tail(log_path)}")
 
 
-def _get_status(url: str) -> str:
+def _health(url: str) -> dict[str, Any]:
+    """A health call's answer; `status` holds what went wrong where it is not one."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
-            return json.loads(response.read())["status"]
+            return {"status": "unknown", **json.loads(response.read())}
     except urllib.error.HTTPError as error:
         try:
-            return json.loads(error.read())["error"]["message"]
+            return {"status": json.loads(error.read())["error"]["message"]}
         except (ValueError, KeyError):
-            return f"HTTP {error.code}"
-    except (OSError, ValueError, KeyError) as error:
-        return str(error)
+            return {"status": f"HTTP {error.code}"}
+    except (OSError, ValueError, TypeError) as error:
+        return {"status": str(error)}
 
 
 def _tail(path: Path, lines: int = 25) -> str:

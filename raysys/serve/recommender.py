@@ -168,11 +168,11 @@ class Recommender:
             ranked = self._fallback(body.offset + body.n, blocked_ids, wanted, body.filter)
             return self._answer(body, ranked, stages, strategy="fallback", degraded="no model published")
         query = self._query(version, history)
+        strategy, degraded = self._checked(version, body.user_id, query, strategy)
         allowed = self._allowed(version, body.filter, wanted)
         blocked = np.array([row for item in blocked_ids if (row := version.catalogue.index.get(item)) is not None], np.int32)
         need = body.offset + body.n
         k = max(self.num_candidates, need + 1)
-        degraded = None
         try:
             call = self.backend.retrieve(version.bundle.version, query, k, allowed, blocked)
             retrieved = await asyncio.wait_for(call, self.budget.retrieval_s)
@@ -181,13 +181,14 @@ class Recommender:
             ranked = self._fallback(need, blocked_ids, wanted, body.filter)
             return self._answer(body, ranked, stages, strategy="fallback", degraded=f"retrieval failed ({type(error).__name__})")
         stages.mark("retrieval")
-        scores, probabilities, degraded = await self._rank(version, query, retrieved)
+        scores, probabilities, failed = await self._rank(version, query, retrieved)
+        degraded = degraded or failed
         stages.mark("ranking")
         order = np.argsort(-scores, kind="stable")
         if body.diversity > 0:
             order = self._diversify(version, retrieved.items, scores, order, need, body.diversity)
         order = order[:need]
-        ranked = self._ranked(version, retrieved, order, scores, probabilities)
+        ranked = self._ranked(version, query, retrieved, order, scores, probabilities)
         if retrieved.profile is not None and strategy != "cold_start":
             self._insert_live(ranked, retrieved, blocked_ids, wanted, compiled, need)
         stages.mark("rerank")
@@ -212,9 +213,9 @@ class Recommender:
             return self._answer(body, ranked, stages, strategy="fallback", degraded="no model published")
         query = self._query(version, history)
         rows = np.array([row for item in usable if (row := version.catalogue.index.get(item)) is not None], np.int64)
+        strategy, degraded = self._checked(version, body.user_id, query, strategy)
         allowed = np.zeros(len(version.catalogue.item_ids), bool)
         allowed[rows] = True
-        degraded = None
         ranked = _Ranked([], np.zeros(0, np.int64), [], [], [])
         try:
             call = self.backend.retrieve(version.bundle.version, query, max(1, len(rows)), allowed, np.zeros(0, np.int32))
@@ -224,10 +225,11 @@ class Recommender:
             ranked = self._fallback(len(usable), set(), set(usable), {})
             return self._answer(body, ranked, stages, strategy="fallback", degraded=f"retrieval failed ({type(error).__name__})")
         stages.mark("retrieval")
-        scores, probabilities, degraded = await self._rank(version, query, retrieved)
+        scores, probabilities, failed = await self._rank(version, query, retrieved)
+        degraded = degraded or failed
         stages.mark("ranking")
         order = np.argsort(-scores, kind="stable")
-        ranked = self._ranked(version, retrieved, order, scores, probabilities)
+        ranked = self._ranked(version, query, retrieved, order, scores, probabilities)
         reasons = await self._reasons(version, query, ranked, 0) if body.explain else None
         placed = set(ranked.item_ids)
         for item_id in candidates:
@@ -236,8 +238,21 @@ class Recommender:
         return self._answer(body, ranked, stages, strategy=strategy, degraded=degraded, reasons=reasons)
 
     async def similar(self, item_id: str, n: int) -> dict[str, Any]:
-        """Answer `GET /v1/items/{item_id}/similar`: what follows from that item alone."""
-        return await self.recommend(RecommendBody(history=[HistoryItem(item_id=item_id)], n=n, return_metadata=True))
+        """Answer `GET /v1/items/{item_id}/similar`: what follows from that item alone; for one that no model knows yet, by content."""
+        body = RecommendBody(history=[HistoryItem(item_id=item_id)], n=n, return_metadata=True)
+        self.sync_items()
+        version, vector = self.version, self.catalogue.live.get(item_id)
+        if version is None or vector is None or version.bundle.content_vectors is None:
+            return await self.recommend(body)
+        ids, live_vectors = self.catalogue.live_matrix
+        rows = np.flatnonzero(version.catalogue.available)
+        scores = np.concatenate([version.bundle.content_vectors[rows].astype(np.float32) @ vector, live_vectors @ vector])
+        names = [*(version.catalogue.item_ids[row] for row in rows), *ids]
+        ranked = _Ranked([], np.zeros(0, np.int64), [], [], [])
+        for at in np.argsort(-scores, kind="stable")[: n + 1]:
+            if names[at] != item_id and scores[at] > 0:
+                _append(ranked, names[at], rows[at] if at < len(rows) else -1, "content", round(float(scores[at]), 6))
+        return self._answer(body, ranked, _Stages(), strategy="session", degraded=None)
 
     def _degraded(self, stage: str, error: Exception) -> None:
         """Count a failed stage; the first of each kind, and then every thousandth, is logged."""
@@ -247,7 +262,7 @@ class Recommender:
         self.counts[name] += 1
 
     def _history(self, body: RecommendBody | RankBody, version: Version | None) -> tuple[list[HistoryEvent], str]:
-        """Bundle history, then events since, then what the request itself brings; and the strategy that follows."""
+        """Bundle history, then events since, then what the request itself brings; and the strategy if the models know any of it."""
         events: list[HistoryEvent] = []
         if body.user_id is not None:
             live = self.state.history(body.user_id)
@@ -264,6 +279,15 @@ class Recommender:
                 events.append(HistoryEvent(item.item_id, item.event, item.timestamp or now, item.value))
             strategy = strategy if strategy == "personalized" else "session"
         return events, strategy
+
+    def _checked(self, version: Version, user_id: str | None, query: Queries, strategy: str) -> tuple[str, str | None]:
+        """The strategy by what the models have to go on, and why the answer is less than it could be."""
+        if len(query.items):
+            return strategy, None
+        if user_id is not None and version.bundle.key_problem is not None:
+            self.counts["degraded_user_key"] += 1
+            return "cold_start", "histories unreadable: the bundle was written with another user key"
+        return "cold_start", None
 
     def _query(self, version: Version, history: list[HistoryEvent]) -> Queries:
         index, codes = version.catalogue.index, version.bundle.event_codes
@@ -298,13 +322,15 @@ class Recommender:
             return retrieved.fused, np.full(len(retrieved.fused), np.nan, np.float32), f"ranking failed ({type(error).__name__})"
 
     def _ranked(
-        self, version: Version, retrieved: RetrievedOne, order: np.ndarray, scores: np.ndarray, probabilities: np.ndarray
+        self, version: Version, query: Queries, retrieved: RetrievedOne, order: np.ndarray, scores: np.ndarray, probabilities: np.ndarray
     ) -> _Ranked:
         rows = retrieved.items[order].astype(np.int64)
         weights = np.array([max(version.weights.get(name, 0.0), 1e-12) for name in retrieved.sources])
         shares = np.exp(np.log(weights) + retrieved.log_probs[order] - retrieved.fused[order, None])
         chances = [None if np.isnan(p) else round(float(p), 6) for p in probabilities[order]]
-        sources = []
+        sources: list[list[str]] = []
+        if len(query.items) == 0:  # fusion follows popularity alone there; what the others say about nobody is a constant
+            shares, sources = shares[:0], [["popularity"] for _ in rows]
         for share in shares:
             best_first = np.argsort(-share)
             sources.append([retrieved.sources[s] for s in best_first if share[s] >= SOURCE_SHARE or s == best_first[0]])
@@ -458,10 +484,10 @@ class _Stages:
         self._last = now
 
 
-def _append(ranked: _Ranked, item_id: str, row: int = -1, source: str | None = None) -> None:
+def _append(ranked: _Ranked, item_id: str, row: int = -1, source: str | None = None, score: float | None = None) -> None:
     ranked.item_ids.append(item_id)
     ranked.rows = np.append(ranked.rows, row)
-    ranked.scores.append(None)
+    ranked.scores.append(score)
     ranked.probabilities.append(None)
     ranked.sources.append([source] if source else [])
 

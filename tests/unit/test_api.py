@@ -128,7 +128,8 @@ def test_inline_history_is_a_session_and_a_stranger_is_a_cold_start(world):
     assert world.ask(history=["item-060"], n=3)["strategy"] == "session"
     cold = world.ask(user_id="nobody", n=3)
     assert cold["strategy"] == "cold_start" and len(cold["items"]) == 3
-    assert all(item["probability"] is None for item in cold["items"])
+    assert all(item["probability"] is None and item["sources"] == ["popularity"] for item in cold["items"])
+    assert world.ask(history=["never-heard-of"], n=3)["strategy"] == "cold_start"
 
 
 def test_own_event_moves_the_next_answer_towards_its_neighbours(world):
@@ -239,6 +240,23 @@ def test_similar_items_come_from_the_same_cluster(world):
     items = world.client.get("/v1/items/item-030/similar?n=5").json()["items"]
     assert [cluster_of(item["item_id"]) for item in items].count(1) >= 4
     assert "item-030" not in [item["item_id"] for item in items]
+
+
+def test_similar_to_a_brand_new_item_goes_by_content(world):
+    world.client.put("/v1/items/brand-new", json={"title": "space battle rockets galaxy", "categories": ["space"]})
+    items = world.client.get("/v1/items/brand-new/similar?n=5").json()["items"]
+    assert [cluster_of(item["item_id"]) for item in items] == [0] * 5 and items[0]["sources"] == ["content"]
+    stranger = world.client.get("/v1/items/no-such-item/similar?n=5").json()
+    assert stranger["strategy"] == "cold_start" and len(stranger["items"]) == 5
+
+
+def test_histories_under_another_key_are_said_and_marked(world, monkeypatch):
+    assert world.client.get("/health/ready").json()["warnings"] == []
+    monkeypatch.setenv("RAYSYS_USER_KEY", "another key than the one of training")
+    assert "user key" in world.client.get("/health/ready").json()["warnings"][0]
+    answer = world.ask(user_id="user-1", n=3)
+    assert answer["strategy"] == "cold_start" and answer["degraded"] and "user key" in answer["degraded_reason"]
+    assert not world.ask(history=["item-001"], n=3)["degraded"]
 
 
 def test_get_recommend_equals_post(world):
