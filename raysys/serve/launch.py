@@ -57,6 +57,8 @@ def launch(
     Raises:
         ConfigError: the config file is wrong, the port is taken, or another host than loopback is asked for without an API key.
     """
+    # A shell that starts this in the background has SIGINT ignored, and every child would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with running_service(
         registry=registry, events=events, state=state, host=host, port=port, config_path=config_path, insecure=insecure, require_model=False
     ) as base_url:

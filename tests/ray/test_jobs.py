@@ -1,17 +1,18 @@
 """The jobs as users start them: `ray job submit --working-dir . -- python jobs/NAME.py ...` on a cluster with a job server."""
 
 import json
-import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import polars as pl
 import pytest
-import ray
+from ray.cluster_utils import Cluster
 
 from raysys.bundle import read_manifest
 from raysys.events.embedded_log import EmbeddedLog
@@ -39,16 +40,14 @@ def server():
         patch.delenv("RAY_ADDRESS", raising=False)
         # A job joins the newest cluster of its temporary folder: with a shared one, that may be somebody else's.
         folder = tempfile.mkdtemp(prefix="raysys-")
-        context = ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=True,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            _temp_dir=folder,
-        )
-        yield f"http://{context.dashboard_url}"
-        ray.shutdown()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        # The agent that runs jobs listens on one fixed port of the machine unless told otherwise; another cluster may have it.
+        head = {"num_cpus": 2, "include_dashboard": True, "temp_dir": folder, "dashboard_agent_listen_port": port}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        yield f"http://{cluster.head_node.webui_url}"
+        cluster.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -56,8 +55,14 @@ def submit(server: str, name: str, *arguments: str) -> tuple[int, str]:
     """Exit status and output of a job, started as the README says."""
     ray_command = str(Path(sys.executable).with_name("ray"))
     command = [ray_command, "job", "submit", "--address", server, "--working-dir", ".", "--", "python", f"jobs/{name}.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout + done.stderr
+    deadline = time.monotonic() + 60
+    while True:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        output = done.stdout + done.stderr
+        # A young cluster answers before the agent that runs jobs is there.
+        if "No available agent" not in output or time.monotonic() > deadline:
+            return done.returncode, output
+        time.sleep(1)
 
 
 def succeed(server: str, name: str, *arguments: str) -> str:
