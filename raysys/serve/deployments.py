@@ -372,6 +372,8 @@ class Ingress:
             self._recommender.version = Version.of(bundle, catalogue)
             self._problem = None
             LOG.info("serving version %s", pointer.version)
+            if bundle.key_problem:
+                LOG.warning(bundle.key_problem)
         except Exception as error:  # the thread must live: the next version may be sound
             self._problem = str(error)
             LOG.error("cannot serve the published version: %s: %s", type(error).__name__, error)
