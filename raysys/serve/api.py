@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from raysys.schema import DEFAULT_EVENT
 
@@ -30,19 +30,27 @@ class Limits:
     max_body_bytes: int = 4 << 20
     """Bytes of a request body."""
     max_id_length: int = 400
-    """Characters of an id."""
+    """Bytes of an id in UTF-8."""
     max_future_s: float = 86_400.0
     """How far a timestamp may lie ahead, seconds."""
 
 
 LIMITS = Limits()
 
-Id = Annotated[str, BeforeValidator(lambda value: _as_id(value)), Field(min_length=1, max_length=LIMITS.max_id_length)]
-
 
 def _as_id(value: Any) -> Any:
     """Ids are strings; clients with numeric keys may send integers."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _short_enough(value: str) -> str:
+    """Bytes count, not characters: they are what keys of the state have room for."""
+    if len(value.encode()) > LIMITS.max_id_length:
+        raise ValueError(f"expected an id of 1 to {LIMITS.max_id_length} bytes, got {len(value.encode())}")
+    return value
+
+
+Id = Annotated[str, BeforeValidator(_as_id), AfterValidator(_short_enough), Field(min_length=1)]
 
 
 def parse_time(value: Any) -> float:

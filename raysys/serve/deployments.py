@@ -228,15 +228,15 @@ class Ingestion:
         self._dead_letters = DeadLetters(storage.resolve(events)[1])
 
     async def write(self, records: list[Record]) -> list[bool]:
-        """See `http.Writer.write`."""
+        """See `telling.Writer.write`."""
         return await asyncio.wrap_future(self._store.submit(records))
 
     async def reject(self, entries: list[dict]) -> None:
-        """See `http.Writer.reject`."""
+        """See `telling.Writer.reject`."""
         await asyncio.get_running_loop().run_in_executor(None, self._dead_letters.write, entries)
 
     async def erase(self, user_id: str) -> dict:
-        """See `http.Writer.erase`."""
+        """See `telling.Writer.erase`."""
         record = self._store.erase_record(user_id)
         await self.write([record])
         return self._store.receipt(record)
@@ -270,13 +270,13 @@ class HandleBackend:
 
 
 class HandleWriter:
-    """`http.Writer` over the ingestion handle."""
+    """`telling.Writer` over the ingestion handle."""
 
     def __init__(self, ingestion: DeploymentHandle):
         self._ingestion = ingestion
 
     async def write(self, records: list[Record]) -> list[bool]:
-        """See `http.Writer.write`; a write under way in a replica that dies is repeated on its successor.
+        """See `telling.Writer.write`; a write under way in a replica that dies is repeated on its successor.
 
         That is safe: every event carries an `event_id` by now, and setting an attribute twice is setting it.
         """
@@ -292,15 +292,15 @@ class HandleWriter:
         raise AssertionError("the last attempt returns or raises")
 
     async def reject(self, entries: list[dict]) -> None:
-        """See `http.Writer.reject`."""
+        """See `telling.Writer.reject`."""
         await self._ingestion.reject.remote(entries)
 
     async def erase(self, user_id: str) -> dict:
-        """See `http.Writer.erase`."""
+        """See `telling.Writer.erase`."""
         return await self._ingestion.erase.remote(user_id)
 
     def post(self, records: list[Record]) -> None:
-        """See `http.Writer.post`."""
+        """See `telling.Writer.post`."""
         self._ingestion.write.remote(records)
 
 

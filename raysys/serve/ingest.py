@@ -94,6 +94,19 @@ def first_problem(errors: list[Any]) -> tuple[str | None, str]:
     return ".".join(path) or None, f"{message}{shown}"
 
 
+def checked_id(value: Any, field: str) -> str:
+    """An id from a path or a bulk write.
+
+    Raises:
+        SchemaError: it is empty, too long, or neither text nor a whole number.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not 0 < len(value.encode()) <= LIMITS.max_id_length:
+        raise SchemaError(f"{field}: expected an id of 1 to {LIMITS.max_id_length} bytes, got {value!r:.80}")
+    return value
+
+
 def check_attributes(attributes: Any, *, what: str) -> dict[str, Any]:
     """Flat attributes of an item or a user.
 

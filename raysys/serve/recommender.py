@@ -254,6 +254,20 @@ class Recommender:
                 _append(ranked, names[at], rows[at] if at < len(rows) else -1, "content", round(float(scores[at]), 6))
         return self._answer(body, ranked, _Stages(), strategy="session", degraded=None)
 
+    def held_about(self, user_id: str) -> dict[str, Any]:
+        """Answer `GET /v1/users/{user_id}`: all that state and the current bundle hold about a user."""
+        erased, version = self.state.erased(user_id), self.version
+        learnt = None if erased or version is None else version.bundle.histories.lookup(user_id)
+        events = [
+            {"item_id": event.item_id, "event": event.event, "timestamp": event.timestamp, "value": event.value}
+            for event in self.state.history(user_id)
+        ]
+        training = []
+        if learnt is not None and version is not None:
+            ids, names = version.catalogue.item_ids, version.bundle.events
+            training = [{"item_id": ids[i], "event": names[e], "timestamp": int(t)} for i, e, t in zip(*learnt, strict=True)]
+        return {"user_id": user_id, "attributes": self.state.user(user_id) or {}, "events": events, "training_events": training}
+
     def _degraded(self, stage: str, error: Exception) -> None:
         """Count a failed stage; the first of each kind, and then every thousandth, is logged."""
         name = f"degraded_{stage}_{type(error).__name__}"

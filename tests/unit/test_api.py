@@ -288,6 +288,12 @@ def test_late_or_failing_stages_degrade_and_say_so(world):
     assert any(name.startswith("degraded_") for name in world.client.get("/v1/models").json()["counts"])
 
 
+def test_what_nobody_foresaw_still_has_the_one_shape(world):
+    world.store.state.close()  # every read fails from here on
+    answer = world.client.get("/v1/users/u")
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "internal"
+
+
 def test_events_are_counted_once_and_bad_ones_kept_apart(world):
     good = {"user_id": "u", "item_id": "item-001", "event": "view", "event_id": "e-1"}
     bad = {"user_id": "u", "event": "view"}
@@ -503,6 +509,7 @@ WRONG_EVENTS = [
     ({"item_id": "i"}, "user_id", "missing"),
     ({"user_id": "u"}, "item_id", "missing"),
     ({"user_id": "", "item_id": "i"}, "user_id", "at least 1"),
+    ({"user_id": "u", "item_id": "\N{SNOWMAN}" * 200}, "item_id", "1 to 400 bytes, got 600"),
     ({"user_id": "u", "item_id": "i", "timestamp": "yesterday"}, "timestamp", "ISO 8601"),
     ({"user_id": "u", "item_id": "i", "timestamp": -5}, "timestamp", "epoch"),
     ({"user_id": "u", "item_id": "i", "timestamp": NOW + 10 * 86400}, "timestamp", "future"),
