@@ -39,6 +39,8 @@ POLL_S = 1.0
 """Seconds between looks at the registry's pointer."""
 WRITE_RETRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 """Waits before a write is repeated after its replica died; a new one is up in a few seconds."""
+TRY_S = 30.0
+"""Patience with the first request, which a replica sends itself before it is ready, seconds a stage."""
 KEEP_VERSIONS = 2
 """Bundles a replica keeps loaded: the current one, and the one that requests under way may still name."""
 NOTHING_PUBLISHED = "no model published; run `raysys train --prepared DIR --out BUNDLE`, then `raysys publish BUNDLE --registry {registry}`"
@@ -332,7 +334,9 @@ class Ingress:
         self._problem: str | None = None
         self._max_in_flight = max_in_flight
         self._writer = HandleWriter(ingestion)
-        self._recommender = Recommender(open_state(state), HandleBackend(retrieval, ranking))
+        self._backend = HandleBackend(retrieval, ranking)
+        self._recommender = Recommender(open_state(state), self._backend)
+        self._tried: str | None = None
         self._follow_once()
         threading.Thread(target=self._follow, daemon=True, name="follow-registry").start()
 
@@ -343,19 +347,37 @@ class Ingress:
             self._writer,
             models=self._registry.versions,
             not_ready=self._not_ready,
+            started=self._try_stages,
             max_in_flight=self._max_in_flight,
         )
 
     def _not_ready(self) -> str | None:
         """Why no model answers, or None."""
-        if self._recommender.version is not None:
-            return None
-        return self._problem or NOTHING_PUBLISHED.format(registry=self._registry_uri)
+        version = self._recommender.version
+        if version is None:
+            return self._problem or NOTHING_PUBLISHED.format(registry=self._registry_uri)
+        return None if self._tried is not None else self._problem or f"trying version {version.bundle.version} before the first request"
 
     def _follow(self) -> None:
         while True:
             time.sleep(POLL_S)
             self._follow_once()
+
+    async def _try_stages(self) -> None:
+        """Send the first request ourselves: connecting to the other stages takes seconds, and a user should not pay them."""
+        while self._tried is None:
+            version = self._recommender.version
+            if version is not None:
+                name, query, k = version.bundle.version, Queries.from_lists([[0]]), self._recommender.num_candidates
+                try:
+                    retrieved = await asyncio.wait_for(self._backend.retrieve(name, query, k, None, np.zeros(0, np.int32)), TRY_S)
+                    await asyncio.wait_for(self._backend.rank(name, query, retrieved), TRY_S)
+                    self._tried, self._problem = name, None
+                    return
+                except Exception as error:  # the next round tries again
+                    self._problem = f"version {name} does not answer yet: {type(error).__name__}"
+                    LOG.warning(self._problem)
+            await asyncio.sleep(POLL_S)
 
     def _follow_once(self) -> None:
         try:

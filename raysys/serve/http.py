@@ -7,7 +7,9 @@ guard.py; bodies and errors in replies.py; the description in openapi.py.
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse, Response
@@ -32,6 +34,7 @@ def create_app(
     *,
     models: Callable[[], list[dict]],
     not_ready: Callable[[], str | None],
+    started: Callable[[], Coroutine[Any, Any, None]] | None = None,
     clock: Callable[[], float] = time.time,
     api_key: str | None = None,
     max_in_flight: int = 150,
@@ -43,11 +46,12 @@ def create_app(
         writer: takes events, items and users.
         models: versions for `GET /v1/models`; called in a thread, it may read files.
         not_ready: the reason why `/health/ready` says 503, None when ready.
+        started: runs beside the first requests, on the loop that answers them.
         clock: UTC epoch seconds now.
         max_in_flight: requests worked on at once; more are answered with 503 and Retry-After.
         api_key: expected in `X-API-Key`; default from the environment, no check without one.
     """
-    app = described_app()
+    app = described_app(_beside(started))
     expected_key = (api_key or os.environ.get(KEY_VARIABLE) or "").encode()
     app.add_middleware(Guard, expected_key=expected_key, max_in_flight=max_in_flight)
     install_error_replies(app)
@@ -57,6 +61,17 @@ def create_app(
     app.include_router(telling_users(recommender, writer))
     app.include_router(_service(recommender, models, not_ready))
     return app
+
+
+def _beside(work: Callable[[], Coroutine[Any, Any, None]] | None) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        task = None if work is None else asyncio.create_task(work())
+        yield
+        if task is not None:
+            task.cancel()
+
+    return lifespan
 
 
 def _service(recommender: Recommender, models: Callable[[], list[dict]], not_ready: Callable[[], str | None]) -> APIRouter:

@@ -4,6 +4,8 @@ Handlers read their bodies themselves (one parse with orjson, our own error shap
 see what they take; it is told here.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from fastapi import FastAPI
@@ -26,7 +28,7 @@ ATTRIBUTES = {
 }
 
 
-def described_app() -> FastAPI:
+def described_app(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
     """An app without calls yet; what its description will say of errors and request bodies is set."""
     app = FastAPIOffline(
         title="raysys",
@@ -35,6 +37,7 @@ def described_app() -> FastAPI:
         responses={status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 503)},
         redirect_slashes=False,
         redoc_url=None,
+        lifespan=lifespan,
         static_url=STATIC_URL,
     )
     generated = app.openapi
