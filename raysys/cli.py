@@ -62,12 +62,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--items", type=int, default=500, help="synthetic: number of items")
     command.add_argument("--events", type=int, default=50_000, help="synthetic: number of events")
     command.add_argument("--seed", type=int, default=0, help="synthetic: random seed")
+    command.add_argument("--files", type=int, default=0, help="synthetic: spread the events over so many files by time (default: by user)")
+    command.add_argument("--heavy-user", type=float, default=0.0, help="synthetic: one more user with this share of all events")
 
     command = add("prepare", _prepare, "validate, deduplicate, split and encode a data set into user sequences")
     command.add_argument("--data", required=True)
     command.add_argument("--out", required=True)
-    command.add_argument("--split", choices=["leave-one-out", "time", "none"], default="leave-one-out")
+    command.add_argument("--split", choices=["leave-one-out", "time", "none"], default=None, help="default: leave-one-out")
     command.add_argument("--strict", action="store_true", help="make any bad row an error")
+    command.add_argument("--append", action="store_true", help="DATA holds new events only; add them to the prepared set at OUT")
     _add_config(command)
 
     command = add("train", _train, "train every model of the pipeline into a bundle")
@@ -174,6 +177,8 @@ def _import(arguments: argparse.Namespace) -> Rows:
         items=arguments.items,
         events=arguments.events,
         seed=arguments.seed,
+        files=arguments.files,
+        heavy_user=arguments.heavy_user,
     )
     return [(str(key), _short(value)) for key, value in summary.items()]
 
@@ -182,10 +187,11 @@ def _prepare(arguments: argparse.Namespace) -> Rows:
     from raysys.prepare.config import PrepareConfig
     from raysys.prepare.run import prepare, summary_rows
 
-    settings = config.load(PrepareConfig, arguments.config, arguments.overrides)
+    given = bool(arguments.config or arguments.overrides)
+    settings = config.load(PrepareConfig, arguments.config, arguments.overrides) if given or not arguments.append else None
     data, out = cluster.location(arguments.data, "--data"), cluster.location(arguments.out, "--out")
     with cluster.connected():
-        manifest = prepare(data, out, split=arguments.split, config=settings, strict=arguments.strict)
+        manifest = prepare(data, out, split=arguments.split, config=settings, strict=arguments.strict, append=arguments.append)
     return [*summary_rows(manifest), ("next", f"raysys train --prepared {arguments.out} --out BUNDLE")]
 
 

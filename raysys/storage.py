@@ -98,7 +98,7 @@ def read_bytes(uri: str) -> bytes:
         return stream.read()
 
 
-def write_bytes(uri: str, content: bytes) -> None:
+def write_bytes(uri: str, content: bytes | pa.Buffer) -> None:
     """Write a file atomically: a reader sees the old content or the new one."""
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, pafs.LocalFileSystem):
@@ -163,7 +163,7 @@ def write_table(uri: str, table: pa.Table) -> None:
     """Write one Parquet file atomically."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_bytes(uri, sink.getvalue().to_pybytes())
+    write_bytes(uri, sink.getvalue())
 
 
 def sha256(uri: str) -> str:
@@ -174,6 +174,11 @@ def sha256(uri: str) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy one file to another path or URI, atomically."""
+    write_bytes(target, read_bytes(source))
 
 
 def copy_tree(source: str, target: str) -> None:

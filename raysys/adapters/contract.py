@@ -36,8 +36,8 @@ class ContractWriter:
         self._work = f"{self.out}.tmp-{secrets.token_hex(4)}"
         self._rows: dict[str, int] = {}
         self._columns: dict[str, list[str]] = {}
-        self._shards = self._shard_rows = 0
-        self._shard: pq.ParquetWriter | None = None
+        self._shard = self._shard_rows = 0
+        self._open: dict[int, pq.ParquetWriter] = {}
 
     def __enter__(self) -> "ContractWriter":
         names = storage.list_dir(self.out) if storage.is_dir(self.out) else []
@@ -48,20 +48,27 @@ class ContractWriter:
         storage.make_dir(self._work)
         return self
 
-    def add_interactions(self, frame: pl.DataFrame) -> None:
-        """Append rows; a new shard begins when the last one is full. All calls must have the same columns."""
+    def add_interactions(self, frame: pl.DataFrame, shard: int | None = None) -> None:
+        """Append rows. All calls must have the same columns.
+
+        Args:
+            frame: the rows.
+            shard: number of the file to append to; None fills one file after the other. One kind of call a data set.
+        """
         if not len(frame):
             return
         table = _plain(frame)
-        if self._shard is None or self._shard_rows >= MAX_SHARD_ROWS:
-            self._close_shard()
+        if shard is None:
+            if self._shard_rows >= MAX_SHARD_ROWS:
+                self._close()
+                self._shard, self._shard_rows = self._shard + 1, 0
+            self._shard_rows += table.num_rows
+            shard = self._shard
+        if shard not in self._open:
             storage.make_dir(storage.join(self._work, "interactions"))
-            filesystem, path = storage.resolve(storage.join(self._work, "interactions", f"part-{self._shards:05d}.parquet"))
-            self._shard = pq.ParquetWriter(path, table.schema, filesystem=filesystem, compression="zstd")
-            self._shards += 1
-            self._shard_rows = 0
-        self._shard.write_table(table, row_group_size=1 << 20)
-        self._shard_rows += table.num_rows
+            filesystem, path = storage.resolve(storage.join(self._work, "interactions", f"part-{shard:05d}.parquet"))
+            self._open[shard] = pq.ParquetWriter(path, table.schema, filesystem=filesystem, compression="zstd")
+        self._open[shard].write_table(table, row_group_size=1 << 20)
         self._count("interactions", table)
 
     def add_table(self, name: str, frame: pl.DataFrame) -> None:
@@ -83,13 +90,12 @@ class ContractWriter:
         self._rows[name] = self._rows.get(name, 0) + table.num_rows
         self._columns[name] = table.column_names
 
-    def _close_shard(self) -> None:
-        if self._shard is not None:
-            self._shard.close()
-            self._shard = None
+    def _close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._close_shard()
+        self._close()
         try:
             if kind is None:
                 self._publish()

@@ -9,6 +9,7 @@ depends on whether the item's cluster is to the user's taste, else a view.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -31,7 +32,11 @@ WORDS = (
 ).split()
 
 
-def generate(writer: ContractWriter, *, users: int, items: int, events: int, seed: int) -> None:
+HEAVY_SESSIONS = 1000
+"""The heavy user's time is cut into at most so many stretches that are simulated side by side."""
+
+
+def generate(writer: ContractWriter, *, users: int, items: int, events: int, seed: int, files: int = 0, heavy_user: float = 0.0) -> None:
     """Write a synthetic data set; the same arguments give the same rows.
 
     Args:
@@ -40,105 +45,172 @@ def generate(writer: ContractWriter, *, users: int, items: int, events: int, see
         items: at least 2.
         events: expected number, at least `users`; what was drawn stands in truth.json.
         seed: random seed.
+        files: spread the events over so many files by time, each with events of all users; 0 = users one after the other.
+        heavy_user: share of all events that one more user, the last, has.
 
     Raises:
-        ConfigError: a size is too small or the seed negative.
+        ConfigError: a size is too small or too large, or the seed negative.
     """
-    if users < 1 or items < 2 or events < users or seed < 0:
-        got = f"{users}, {items}, {events}, {seed}"
-        raise ConfigError(f"import synthetic: expected users >= 1, items >= 2, events >= users, seed >= 0; got {got}")
-    clusters = max(2, min(50, round(math.sqrt(items) / 2)))
-    cluster = np.arange(items) % clusters
-    weight = 1.0 / (1 + np.arange(items) // clusters) ** ZIPF
-    members = [np.flatnonzero(cluster == index) for index in range(clusters)]
-    cumulative = [np.cumsum(weight[rows]) / weight[rows].sum() for rows in members]
-    shuffled = np.random.default_rng([seed, 0]).permutation(clusters)
-    successor = np.empty(clusters, np.int64)
-    successor[shuffled] = np.roll(shuffled, -1)
-    writer.add_table("items", _items(cluster))
+    if users < 1 or items < 2 or events < users or seed < 0 or files < 0 or not 0 <= heavy_user < 1:
+        got = f"{users}, {items}, {events}, {seed}, {files}, {heavy_user}"
+        raise ConfigError(
+            f"import synthetic: expected users >= 1, items >= 2, events >= users, seed >= 0, files >= 0, heavy-user in [0, 1); got {got}"
+        )
+    world = _World.draw(items, seed)
+    writer.add_table("items", _items(world.cluster))
     totals = _Totals()
-    step = max(1, min(BLOCK_USERS, BLOCK_EVENTS * users // events))
+    heavy = round(heavy_user * events)
+    events_per_user = max(1.0, (events - heavy) / users)
+    step = max(1, min(BLOCK_USERS, int(BLOCK_EVENTS / events_per_user)))
     for first in range(0, users, step):
-        block = _Block(np.random.default_rng([seed, 1, first]), min(step, users - first), events / users, clusters)
-        frame = block.events(first, members, cumulative, successor, totals)
-        writer.add_interactions(frame)
+        block = _Block.of_users(np.random.default_rng([seed, 1, first]), first, min(step, users - first), events_per_user, world)
+        _write(writer, block.events(world, totals), files)
+    for first in range(0, heavy, BLOCK_EVENTS):
+        size = min(BLOCK_EVENTS, heavy - first)
+        block = _Block.of_one(np.random.default_rng([seed, 2, first]), users, first / heavy, size / heavy, size, world)
+        _write(writer, block.events(world, totals), files)
     truth = {
         "seed": seed,
         "users": users,
         "items": items,
-        "clusters": clusters,
+        "clusters": world.clusters,
         "item_cluster": "item i<n> belongs to cluster n % clusters and is member number n // clusters (from 0) of it",
         "item_weight": "1 / (1 + member number) ** zipf_exponent within the cluster",
-        "successor": successor.tolist(),
+        "successor": world.successor.tolist(),
         "markov": MARKOV,
         "taste": TASTE,
-        "tastes_per_user": min(TASTES, clusters),
+        "tastes_per_user": min(TASTES, world.clusters),
         "like_if_taste": LIKE_TASTE,
         "like_otherwise": LIKE_OTHER,
         "zipf_exponent": ZIPF,
+        "heavy_user": f"u{users}" if heavy else None,
         "events": totals.events,
         "likes": totals.likes,
         "successor_rate": totals.successors / max(1, totals.transitions),
-        "successor_rate_expected": MARKOV + (1 - MARKOV) / clusters,
+        "successor_rate_expected": MARKOV + (1 - MARKOV) / world.clusters,
     }
     writer.add_json("truth.json", truth)
-    writer.notes.append(f"{clusters} clusters; the next event follows the successor cluster with probability {MARKOV}; see truth.json")
+    writer.notes.append(f"{world.clusters} clusters; the next event follows the successor with probability {MARKOV}; see truth.json")
+
+
+def _write(writer: ContractWriter, frame: pl.DataFrame, files: int) -> None:
+    if not files:
+        writer.add_interactions(frame)
+        return
+    frame = frame.sort("timestamp", maintain_order=True)
+    edges = np.searchsorted(frame["timestamp"].to_numpy(), START + np.arange(1, files) * SPAN_S / files)
+    bounds = [0, *edges.tolist(), len(frame)]
+    for shard, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        writer.add_interactions(frame[first:last], shard)
 
 
 class _Totals:
     events = likes = transitions = successors = 0
 
 
+@dataclass(frozen=True)
+class _World:
+    """Items by cluster.
+
+    Attributes:
+        cluster: (N,) of every item. successor: (C,) cluster that tends to follow.
+        members: (N,) items ordered by cluster. cumulative: (N,) their cumulative weight within the cluster, plus the cluster.
+    """
+
+    cluster: np.ndarray
+    successor: np.ndarray
+    members: np.ndarray
+    cumulative: np.ndarray
+
+    @property
+    def clusters(self) -> int:
+        return len(self.successor)
+
+    @classmethod
+    def draw(cls, items: int, seed: int) -> "_World":
+        clusters = max(2, min(50, round(math.sqrt(items) / 2)))
+        cluster = np.arange(items) % clusters
+        weight = 1.0 / (1 + np.arange(items) // clusters) ** ZIPF
+        members = [np.flatnonzero(cluster == index) for index in range(clusters)]
+        cumulative = [index + np.cumsum(weight[rows]) / weight[rows].sum() for index, rows in enumerate(members)]
+        shuffled = np.random.default_rng([seed, 0]).permutation(clusters)
+        successor = np.empty(clusters, np.int64)
+        successor[shuffled] = np.roll(shuffled, -1)
+        return cls(cluster, successor, np.concatenate(members), np.concatenate(cumulative))
+
+    def item(self, picked: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        """An item of each picked cluster, by popularity."""
+        # One search for all clusters; rounding must not lead into the next one.
+        found = np.searchsorted(self.cumulative, picked + uniform, side="right")
+        last = np.searchsorted(self.cumulative, picked + 1.0 - 1e-12)
+        return self.members[np.minimum(found, last)]
+
+
+@dataclass(frozen=True)
 class _Block:
-    """Some users, simulated side by side, one step of all users at a time."""
+    """Histories that are simulated side by side, one step of all at a time.
 
-    def __init__(self, rng: np.random.Generator, users: int, events_per_user: float, clusters: int) -> None:
-        self.rng = rng
-        self.users = users
-        self.clusters = clusters
-        self.tastes = np.argsort(rng.random((users, clusters)), axis=1)[:, : min(TASTES, clusters)]
-        self.lengths = 1 + rng.poisson(events_per_user - 1, users)
+    Attributes:
+        user: (H,) number of the user of each history. tastes: (H, TASTES) clusters.
+        lengths: (H,) events. begin: (H,) seconds of the first event. gap: mean seconds to the next.
+    """
 
-    def events(self, first_user: int, members: list, cumulative: list, successor: np.ndarray, totals: _Totals) -> pl.DataFrame:
+    rng: np.random.Generator
+    user: np.ndarray
+    tastes: np.ndarray
+    lengths: np.ndarray
+    begin: np.ndarray
+    gap: float
+
+    @classmethod
+    def of_users(cls, rng: np.random.Generator, first: int, users: int, events_per_user: float, world: _World) -> "_Block":
+        tastes = np.argsort(rng.random((users, world.clusters)), axis=1)[:, : min(TASTES, world.clusters)]
+        lengths = 1 + rng.poisson(events_per_user - 1, users)
+        begin = START + rng.integers(0, SPAN_S // 2, users)
+        return cls(rng, first + np.arange(users), tastes, lengths, begin, SPAN_S / 2 / (int(lengths.max()) + 1))
+
+    @classmethod
+    def of_one(cls, rng: np.random.Generator, user: int, since: float, share: float, events: int, world: _World) -> "_Block":
+        """A stretch of one user's time, `since` and `share` of SPAN_S, cut into sessions one after the other."""
+        sessions = min(HEAVY_SESSIONS, events)
+        tastes = np.tile(np.arange(min(TASTES, world.clusters)), (sessions, 1))
+        lengths = np.diff(np.linspace(0, events, sessions + 1).astype(np.int64))
+        width = SPAN_S * share / sessions
+        begin = (START + SPAN_S * since + np.arange(sessions) * width).astype(np.int64)
+        return cls(rng, np.full(sessions, user), tastes, lengths, begin, max(0.0, width / (int(lengths.max()) + 1) - 1))
+
+    def events(self, world: _World, totals: _Totals) -> pl.DataFrame:
         rng, steps = self.rng, int(self.lengths.max())
-        now = START + rng.integers(0, SPAN_S // 2, self.users)
-        gap = SPAN_S / 2 / (steps + 1)
-        last = np.full(self.users, -1)
+        now = self.begin.copy()
+        last = np.full(len(self.user), -1)
         parts = []
         for step in range(steps):
             active = np.flatnonzero(self.lengths > step)
             choice = rng.random(len(active))
             own = self.tastes[active, rng.integers(0, self.tastes.shape[1], len(active))]
-            anywhere = rng.integers(0, self.clusters, len(active))
-            follow = (last[active] >= 0) & (choice < MARKOV)
-            to_taste = ~follow & (rng.random(len(active)) < TASTE / (1 - MARKOV))
-            picked = np.where(follow, successor[last[active]], np.where(to_taste, own, anywhere))
-            item = _draw(picked, rng.random(len(active)), members, cumulative)
+            anywhere = rng.integers(0, world.clusters, len(active))
             moved = last[active] >= 0
+            follow = moved & (choice < MARKOV)
+            to_taste = ~follow & (rng.random(len(active)) < TASTE / (1 - MARKOV))
+            picked = np.where(follow, world.successor[last[active]], np.where(to_taste, own, anywhere))
+            item = world.item(picked, rng.random(len(active)))
             totals.transitions += int(moved.sum())
-            totals.successors += int((picked == successor[last[active]])[moved].sum())
+            totals.successors += int((picked == world.successor[last[active]])[moved].sum())
             last[active] = picked
-            now[active] += 1 + rng.exponential(gap, len(active)).astype(np.int64)
+            now[active] += 1 + rng.exponential(self.gap, len(active)).astype(np.int64)
             liked = rng.random(len(active)) < np.where((self.tastes[active] == picked[:, None]).any(1), LIKE_TASTE, LIKE_OTHER)
             parts.append((active, item, now[active], liked))
             totals.events += len(active)
             totals.likes += int(liked.sum())
-        user, item, time, like = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-        order = np.argsort(user, kind="stable")
-        return pl.DataFrame({"u": user[order] + first_user, "i": item[order], "timestamp": time[order], "like": like[order]}).select(
+        history, item, time, like = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        order = np.argsort(history, kind="stable")
+        columns = {"u": self.user[history[order]], "i": item[order], "timestamp": time[order], "like": like[order]}
+        return pl.DataFrame(columns).select(
             user_id=pl.format("u{}", "u"),
             item_id=pl.format("i{}", "i"),
             timestamp=pl.col("timestamp").cast(pl.Int64),
             event=pl.when("like").then(pl.lit("like")).otherwise(pl.lit("view")),
         )
-
-
-def _draw(picked: np.ndarray, uniform: np.ndarray, members: list, cumulative: list) -> np.ndarray:
-    item = np.empty(len(picked), np.int64)
-    for cluster in np.unique(picked):
-        rows = picked == cluster
-        item[rows] = members[cluster][np.searchsorted(cumulative[cluster], uniform[rows], side="right").clip(max=len(members[cluster]) - 1)]
-    return item
 
 
 def _items(cluster: np.ndarray) -> pl.DataFrame:

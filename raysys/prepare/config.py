@@ -7,6 +7,9 @@ from typing import Literal
 from raysys.errors import ConfigError
 from raysys.schema import DEFAULT_EVENT_TYPES, EventType
 
+MAX_PARTITIONS = 1 << 16
+"""A row's partition is a 16-bit key of the sort that splits a chunk."""
+
 
 @dataclass(frozen=True)
 class PrepareConfig:
@@ -32,6 +35,10 @@ class PrepareConfig:
     """Partitions of users, each handled by one task in memory; 0 = one for each `rows_per_partition`."""
     rows_per_partition: int = 2_000_000
     """Interactions a partition should hold; about 200 bytes of memory a row."""
+    rows_per_chunk: int = 1_000_000
+    """Interactions that one task reads and cleans; about 200 bytes of memory a row."""
+    keep_raw: bool = True
+    """Keep the cleaned events beside the sequences, so that `--append` can add to them; about doubles the size of the set."""
 
     def __post_init__(self) -> None:
         if not (0 < self.valid_fraction < 1 and 0 < self.test_fraction < 1 and self.valid_fraction + self.test_fraction < 1):
@@ -40,8 +47,11 @@ class PrepareConfig:
         for name in ("min_user_events", "min_item_events", "partitions"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        if self.rows_per_partition < 1:
-            raise ConfigError(f"rows_per_partition: expected 1 or more, got {self.rows_per_partition}")
+        if self.partitions > MAX_PARTITIONS:
+            raise ConfigError(f"partitions: expected at most {MAX_PARTITIONS}, got {self.partitions}")
+        for name in ("rows_per_partition", "rows_per_chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         for name, kind in self.event_types.items():
             if kind.weight < 0:
                 raise ConfigError(f"event_types.{name}.weight: expected 0 or more, got {kind.weight}")

@@ -6,6 +6,7 @@ prepared/
   users.parquet            user_idx, user_id, ...
   sequences/part-*.parquet one row a user, lists in time order (SEQUENCE_COLUMNS)
   quarantine/*.parquet     refused rows and why
+  raw/part-*.parquet       the same events before split and encoding, for `prepare --append`; absent with keep_raw: false
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from raysys.queries import Queries
 from raysys.schema import SPLIT_CODES, SPLIT_TRAIN, UNKNOWN_ITEM
 
 FORMAT = "raysys-prepared/1"
-MANIFEST, ITEMS, USERS, SEQUENCES, QUARANTINE = "manifest.json", "items.parquet", "users.parquet", "sequences", "quarantine"
+MANIFEST, ITEMS, USERS, SEQUENCES = "manifest.json", "items.parquet", "users.parquet", "sequences"
+QUARANTINE, RAW = "quarantine", "raw"
 
 SEQUENCE_SCHEMA = pa.schema(
     [

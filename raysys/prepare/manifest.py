@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from raysys import storage
 from raysys.prepare.dataset import ITEMS, USERS
 from raysys.prepare.fingerprint import fingerprint
-from raysys.prepare.source import SourceFile
 from raysys.prepare.tables import AttributeTable
 from raysys.prepare.vocabulary import ItemOrder, Stats
 from raysys.schema import ITEM_ID
@@ -30,7 +29,7 @@ def count_everything(
         "interactions_read": facts["rows"],
         "quarantined": sum(facts["quarantine"].values()),
         "without_weight": sum(facts["dropped"].values()),
-        "duplicates": stats.duplicates,
+        "duplicates": facts["good"] - stats.interactions,
         "rare_items_events": order.dropped,
         "few_events_users_events": stats.interactions - order.dropped - interactions,
         "interactions": interactions,
@@ -44,10 +43,10 @@ def count_everything(
 
 
 def collect_notes(
-    files: Sequence[SourceFile], facts: dict, items: AttributeTable, users: AttributeTable, notes: list[str], unnamed: list[str]
+    file_notes: Sequence[str], facts: dict, items: AttributeTable, users: AttributeTable, notes: list[str], unnamed: list[str]
 ) -> list[str]:
     """Everything that was understood, assumed or left out, one line each."""
-    lines = list(dict.fromkeys(note for file in files for note in file.notes))
+    lines = list(file_notes)
     lines += [f"items: {note}" for note in items.notes] + [f"users: {note}" for note in users.notes]
     forms = facts["forms"]
     lines.append("timestamps: " + ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(forms.items(), key=lambda pair: -pair[1])))

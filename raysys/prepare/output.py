@@ -1,13 +1,28 @@
-"""Replace one prepared set by another, so that a reader sees the old one or the new one."""
+"""The working folder beside a prepared set: resumed after a crash, and in the end put in the set's place.
 
+A reader sees the old set or the new one. The manifest in the working folder is the commit:
+once it is there the new set is complete, and whoever prepares next to the same place first
+finishes the replacement that a crash interrupted.
+"""
+
+import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from raysys import storage
-from raysys.errors import ConfigError
+from raysys.errors import ConfigError, RaysysError
 from raysys.prepare.dataset import FORMAT, MANIFEST
+
+STEPS = "steps"
+"""Subfolder of the working folder for what does not belong to the prepared set."""
+
+
+def step(work: str, *parts: str) -> str:
+    """A path below the steps of a working folder."""
+    return storage.join(work, STEPS, *parts)
 
 
 def check_target(out: str) -> None:
@@ -27,39 +42,73 @@ def check_target(out: str) -> None:
         raise ConfigError(f"{out}: expected a new or empty folder, or a prepared set to replace, found {names[0]!r}; choose another --out")
 
 
-@contextmanager
-def working_folder(out: str) -> Iterator[str]:
-    """A folder beside `out` that becomes `out` when the block ends well, and is removed when it fails.
+def work_key(facts: dict) -> str:
+    """Name of the work on certain inputs with certain settings; other inputs or settings never go on with it."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    Local folders are renamed. Object stores cannot rename a folder: the new files are copied
-    over and the manifest is written last, so an interrupted copy leaves a folder without
-    manifest, which readers refuse, and never a mixture.
+
+@contextmanager
+def working_folder(out: str, key: str) -> Iterator[str]:
+    """A folder beside `out` that becomes `out` when the block ends well.
+
+    An error of the user's removes it. Whatever else stops the block (a crash, a kill, Ctrl-C, a
+    cluster that went away) leaves it, and the next call with the same key finds its files there.
+    One call at a time may prepare to one `out`.
     """
-    check_target(out)
     out = out.rstrip("/")
-    work = f"{out}.tmp-{secrets.token_hex(4)}"
+    work = f"{out}.work-{key}"
     storage.make_dir(work)
     try:
         yield work
-        _replace_local(work, out) if storage.is_local(out) else _replace_remote(work, out)
-    finally:
+    except RaysysError:
         storage.remove(work)
+        raise
+    _replace(work, out)
+    _remove_leftovers(out)
 
 
-def _replace_local(work: str, out: str) -> None:
-    source, target = storage.resolve(work)[1], storage.resolve(out)[1]
-    old = f"{target}.old-{secrets.token_hex(4)}"
-    if os.path.exists(target):
-        os.rename(target, old)
-    os.rename(source, target)
-    storage.sync_dir(os.path.dirname(target))
-    storage.remove(old)
+def recover(out: str) -> None:
+    """Finish a replacement that was interrupted after its set was complete, and check what is there now.
+
+    Raises:
+        ConfigError: `out` holds something that is not a prepared set.
+    """
+    out = out.rstrip("/")
+    for work in _beside(out, "work"):
+        if storage.exists(storage.join(work, MANIFEST)):
+            _replace(work, out)
+    check_target(out)
 
 
-def _replace_remote(work: str, out: str) -> None:
-    manifest = storage.read_json(storage.join(work, MANIFEST))
-    storage.remove(storage.join(work, MANIFEST))
+def _replace(work: str, out: str) -> None:
+    storage.remove(storage.join(work, STEPS))
+    if storage.is_local(out):
+        source, target = storage.resolve(work)[1], storage.resolve(out)[1]
+        old = f"{target}.old-{secrets.token_hex(4)}"
+        if os.path.exists(target):
+            os.rename(target, old)
+        os.rename(source, target)
+        storage.sync_dir(os.path.dirname(target))
+        storage.remove(old)
+        return
+    # Object stores cannot rename a folder: the files are copied and the manifest comes last, so that for a
+    # while there is a folder without manifest, which readers refuse, and never a mixture.
     storage.remove(storage.join(out, MANIFEST))
     storage.remove(out)
-    storage.copy_tree(work, out)
-    storage.write_json(storage.join(out, MANIFEST), manifest)
+    for name in storage.list_files(work):
+        if name != MANIFEST:
+            storage.copy_file(storage.join(work, name), storage.join(out, name))
+    storage.copy_file(storage.join(work, MANIFEST), storage.join(out, MANIFEST))
+    storage.remove(storage.join(work, MANIFEST))  # from here on the working folder counts as unfinished
+    storage.remove(work)
+
+
+def _remove_leftovers(out: str) -> None:
+    for kind in ("work", "old"):
+        for folder in _beside(out, kind):
+            storage.remove(folder)
+
+
+def _beside(out: str, kind: str) -> list[str]:
+    parent, _, name = out.rpartition("/")
+    return [storage.join(parent or "/", found) for found in storage.list_dir(parent or "/") if found.startswith(f"{name}.{kind}-")]

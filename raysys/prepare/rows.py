@@ -1,59 +1,36 @@
-"""Read raw interactions chunk by chunk; normalise, validate and quarantine every row.
+"""Normalise, judge and quarantine rows. Knows batches of rows, not files of the work folder and not Ray.
 
-A bad row never stops the job and never vanishes: it goes to `quarantine/` with
-its reason. What a chunk learnt (counts, reasons, forms of timestamps) goes to
-one JSON file under `reports/` of the working folder; names are derived from the
-chunk, so a retried task writes the same files again.
+A bad row never stops the job and never vanishes: it is returned with its reason.
+Ids and event names are handled as dictionaries: stripped, checked and refused once
+for each distinct text, so that the cost of a row is a look-up.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.csv as pacsv
-import pyarrow.parquet as pq
 
-from raysys import storage
-from raysys.errors import SchemaError
-from raysys.prepare.dataset import QUARANTINE
-from raysys.prepare.source import USED_COLUMNS, SourceFile, csv_options
+from raysys.prepare.source import USED_COLUMNS, SourceFile
 from raysys.prepare.times import parse_times
 from raysys.schema import EVENT, EVENT_ID, ITEM_ID, TIMESTAMP, USER_ID, VALUE
 
-REPORTS = "reports"
-TIME, SOURCE = "time", "source"
-ROW_BITS = 40
-"""`source` = rank of the file << ROW_BITS | row in the file: the tie-breaker that travels with a row."""
-BATCH_ROWS = 1 << 19
-CHUNK_ROWS = 1 << 20
-
+TIME = "time"
+ID_TYPE = pa.dictionary(pa.int32(), pa.string())
 CLEAN_SCHEMA = pa.schema(
     [
-        (USER_ID, pa.large_string()),
-        (ITEM_ID, pa.large_string()),
+        (USER_ID, ID_TYPE),
+        (ITEM_ID, ID_TYPE),
         (TIME, pa.int64()),  # UTC epoch microseconds, or an ordinal
-        (EVENT, pa.large_string()),
+        (EVENT, ID_TYPE),
         (VALUE, pa.float32()),  # NaN = none
-        (EVENT_ID, pa.large_string()),
-        (SOURCE, pa.int64()),
+        (EVENT_ID, pa.string()),  # null = none
     ]
 )
+"""Good rows in the order of the files. That order, never a column, breaks ties in time."""
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """A part of one file: some row groups of a Parquet file, or a whole CSV file."""
-
-    file: SourceFile
-    first_row: int = 0
-    row_groups: tuple[int, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """Unique name of this chunk in file names."""
-        return f"{self.file.rank:06d}-{self.first_row:012d}"
+COUNTERS = ("quarantine", "dropped", "forms", "imputed")
 
 
 @dataclass(frozen=True)
@@ -64,84 +41,52 @@ class RowRules:
         ordinal: timestamps are an order only.
         first_us, last_us: plausible range of UTC timestamps.
         no_weight: events that carry no evidence of interest; counted and dropped.
-        work: folder of the output that is being made.
     """
 
     ordinal: bool
     first_us: int
     last_us: int
     no_weight: tuple[str, ...]
-    work: str
 
 
-def plan_chunks(files: list[SourceFile]) -> list[Chunk]:
-    """Split Parquet files at row groups into chunks of about CHUNK_ROWS rows."""
-    chunks = []
-    for file in files:
-        groups: list[int] = []
-        first = rows = start = 0
-        for index, count in enumerate(file.row_groups):
-            if rows and rows + count > CHUNK_ROWS:
-                chunks.append(Chunk(file, start, tuple(groups)))
-                groups, rows, start = [], 0, first
-            groups.append(index)
-            rows += count
-            first += count
-        if rows or file.format == "csv":
-            chunks.append(Chunk(file, start, tuple(groups)))
-    return chunks
+@dataclass(frozen=True)
+class Texts:
+    """A column of texts: `values[codes[i]]`, null where the code is -1. Values are distinct."""
+
+    codes: np.ndarray
+    values: pl.Series
+
+    def flag(self, wrong: pl.Series) -> np.ndarray:
+        """(E,) bool: rows whose text has the flag; null texts have not."""
+        return np.append(wrong.to_numpy(), False)[self.codes]
+
+    def arrow(self, rows: np.ndarray | slice) -> pa.DictionaryArray:
+        """Some rows as an Arrow dictionary; none of them may be null."""
+        return pa.DictionaryArray.from_arrays(pa.array(self.codes[rows]), self.values.to_arrow().cast(pa.string()))
 
 
-def clean_chunk(chunk: Chunk, rules: RowRules) -> Iterator[pa.Table]:
-    """Yield the good rows of a chunk as CLEAN_SCHEMA tables; write its quarantine and its report.
+def texts(column: pa.ChunkedArray, normalise=lambda values: values) -> Texts:
+    """Encode a column of text or numbers.
 
-    A file that cannot be read ends the chunk; the error stands in the report, because
-    an exception out of a Ray Data task would print pages of traceback first.
+    Args:
+        column: any type that `source.check_type` lets pass for an id.
+        normalise: distinct values -> text or null, without change of length.
     """
-    report: dict = {"rows": 0, "quarantine": Counter(), "dropped": Counter(), "forms": Counter(), "imputed": Counter(), "error": None}
-    row = chunk.first_row
-    ragged: list[dict] = []
-    try:
-        for table in _read(chunk, ragged):
-            good, bad = clean_rows(table, chunk.file, row, rules, report)
-            row += table.num_rows
-            report["rows"] += table.num_rows
-            _quarantine(bad, chunk, row, rules)
-            yield good
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        report["error"] = f"{chunk.file.name}: expected readable {chunk.file.format} data, found: {' '.join(str(error).split())[:200]}"
-    if ragged:
-        report["rows"] += len(ragged)
-        report["quarantine"]["wrong number of fields"] += len(ragged)
-        _quarantine(pl.DataFrame(ragged, infer_schema_length=None), chunk, row + 1, rules)
-    storage.write_json(storage.join(rules.work, REPORTS, f"{chunk.key}.json"), report)
-
-
-def _read(chunk: Chunk, ragged: list[dict]) -> Iterator[pa.Table]:
-    file = chunk.file
-    wanted = {name: file.columns[name] for name in USED_COLUMNS if name in file.columns}
-    filesystem, path = storage.resolve(file.uri)
-    if file.format == "parquet":
-        with filesystem.open_input_file(path) as stream:
-            reader = pq.ParquetFile(stream)
-            for batch in reader.iter_batches(BATCH_ROWS, row_groups=list(chunk.row_groups), columns=list(wanted.values())):
-                yield pa.Table.from_batches([batch]).select(list(wanted.values())).rename_columns(list(wanted))
-        return
-
-    def set_aside(bad: pacsv.InvalidRow) -> str:
-        ragged.append(
-            {"file": file.name, "row": (bad.number or 2) - 2, "reason": "wrong number of fields", USER_ID: None, ITEM_ID: None}
-            | {TIMESTAMP: None, EVENT: None, VALUE: None, "line": bad.text}
-        )
-        return "skip"
-
-    options = csv_options(file.header, file.delimiter)
-    options["parse_options"].invalid_row_handler = set_aside
-    options["convert_options"].include_columns = list(wanted.values())
-    with filesystem.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None) as stream:
-        with pacsv.open_csv(stream, **options) as reader:
-            for batch in reader:
-                yield pa.Table.from_batches([batch]).rename_columns(list(wanted))
+    if pa.types.is_dictionary(column.type) and column.type.index_type != pa.int32():
+        column = column.cast(column.type.value_type)  # narrow indices could overflow where chunks are joined
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    encoded = column.combine_chunks() if column.num_chunks == 1 else column.unify_dictionaries().combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):  # a column without rows
+        return Texts(np.empty(0, np.int32), pl.Series([], dtype=pl.String))
+    codes = encoded.indices.cast(pa.int32()).fill_null(-1).to_numpy()
+    raw = normalise(pl.Series(pl.from_arrow(encoded.dictionary)))
+    values = raw.drop_nulls().unique(maintain_order=True)
+    if len(values) == len(raw):
+        return Texts(codes, raw)
+    # Two values became one text (" view" and "view"), or one became no text at all.
+    merged = pl.DataFrame({"v": raw}).join(pl.DataFrame({"v": values}).with_row_index("c"), on="v", how="left", maintain_order="left")
+    return Texts(np.append(merged["c"].cast(pl.Int32).fill_null(-1).to_numpy(), np.int32(-1))[codes], values)
 
 
 def clean_rows(table: pa.Table, file: SourceFile, first_row: int, rules: RowRules, report: dict) -> tuple[pa.Table, pl.DataFrame]:
@@ -150,61 +95,81 @@ def clean_rows(table: pa.Table, file: SourceFile, first_row: int, rules: RowRule
     Args:
         table: contract columns of the file, raw types.
         file: where they come from.
-        first_row: row of the file the batch starts at.
+        first_row: number of the first row, for the quarantine.
         rules: what is plausible and what has weight.
-        report: counters, added to.
+        report: a Counter for each of COUNTERS, added to.
 
     Returns:
         Good rows (CLEAN_SCHEMA), and bad rows with file, row, reason and their raw text.
     """
-    raw = pl.DataFrame(pl.from_arrow(table))
-    times = parse_times(raw[TIMESTAMP], ordinal=rules.ordinal)
-    value = numbers(raw[VALUE]) if VALUE in raw.columns else pl.Series([None] * len(raw), dtype=pl.Float32)
-    given = raw[VALUE].is_not_null() & ~_is_nan(raw[VALUE]) if VALUE in raw.columns else pl.Series([False] * len(raw), dtype=pl.Boolean)
-    event = raw[EVENT].cast(pl.String).str.strip_chars() if EVENT in raw.columns else pl.Series([None] * len(raw), dtype=pl.String)
-    frame = pl.DataFrame(
-        {
-            USER_ID: ids(raw[USER_ID]),
-            ITEM_ID: ids(raw[ITEM_ID]),
-            TIME: times["time"],
-            EVENT: event,
-            VALUE: value,
-            EVENT_ID: ids(raw[EVENT_ID]) if EVENT_ID in raw.columns else pl.Series([None] * len(raw), dtype=pl.String),
-            SOURCE: pl.int_range(first_row, first_row + len(raw), eager=True, dtype=pl.Int64) + (file.rank << ROW_BITS),
-            "form": times["form"],
-            "has_time": raw[TIMESTAMP].is_not_null() & ~_is_nan(raw[TIMESTAMP]),
-            "has_value": given,
-        }
-    )
-    reason = pl.lit(None, pl.String)
-    for broken, text in reversed(_checks(rules)):
-        reason = pl.when(broken).then(pl.lit(text)).otherwise(reason)
-    frame = frame.with_columns(reason=reason, no_event=pl.col(EVENT).fill_null("") == "")
-    bad = frame["reason"].is_not_null()
-    bad_rows = _raw_rows(raw, frame, file).filter(bad)
-    frame = frame.filter(~bad).with_columns(pl.when("no_event").then(pl.lit(file.default_event)).otherwise(EVENT).alias(EVENT))
-    weightless = frame[EVENT].is_in(rules.no_weight)
-    _count(report["quarantine"], bad_rows["reason"])
-    _count(report["dropped"], frame.filter(weightless)[EVENT])
-    _count(report["forms"], frame["form"])
-    if EVENT in raw.columns and frame["no_event"].any():
-        report["imputed"][EVENT] += int(frame["no_event"].sum())
-    good = frame.filter(~weightless).with_columns(pl.col(VALUE).fill_null(float("nan"))).select(CLEAN_SCHEMA.names)
-    return good.to_arrow().cast(CLEAN_SCHEMA), bad_rows
-
-
-def _checks(rules: RowRules) -> list[tuple[pl.Expr, str]]:
+    size = table.num_rows
+    users, items = texts(table[USER_ID], ids), texts(table[ITEM_ID], ids)
+    raw_time = pl.Series(pl.from_arrow(table[TIMESTAMP]))
+    times = parse_times(raw_time, ordinal=rules.ordinal)
+    time = times["time"].fill_null(0).to_numpy()
+    unreadable = times["time"].is_null().to_numpy()
+    value, not_a_number = _values(table, size)
+    if EVENT in table.column_names:
+        events = texts(table[EVENT], _event_names)
+        missing = events.codes < 0
+    else:
+        events, missing = Texts(np.full(size, -1, np.int32), pl.Series([], dtype=pl.String)), np.zeros(size, bool)
+    events = _with_default(events, file.default_event)
     checks = [
-        (pl.col(USER_ID).is_null(), "null user_id"),
-        (pl.col(USER_ID).str.strip_chars() == "", "empty user_id"),
-        (pl.col(ITEM_ID).is_null(), "null item_id"),
-        (pl.col(ITEM_ID).str.strip_chars() == "", "empty item_id"),
-        (~pl.col("has_time"), "null timestamp"),
-        (pl.col(TIME).is_null(), "unreadable timestamp"),
+        (users.codes < 0, "null user_id"),
+        (users.flag(users.values.str.strip_chars() == ""), "empty user_id"),
+        (items.codes < 0, "null item_id"),
+        (items.flag(items.values.str.strip_chars() == ""), "empty item_id"),
+        (unreadable & _absent(raw_time), "null timestamp"),
+        (unreadable, "unreadable timestamp"),
+        (not_a_number, "value is not a finite number"),
     ]
     if not rules.ordinal:
-        checks.append((~pl.col(TIME).is_between(rules.first_us, rules.last_us), "implausible timestamp"))
-    return [*checks, (pl.col("has_value") & (pl.col(VALUE).is_null() | ~pl.col(VALUE).is_finite()), "value is not a finite number")]
+        checks.insert(6, ((time < rules.first_us) | (time > rules.last_us), "implausible timestamp"))
+    reason = np.full(size, -1, np.int8)  # the first check that fails
+    for number, (broken, _) in reversed(list(enumerate(checks))):
+        reason[broken] = number
+    good, bad = reason < 0, np.flatnonzero(reason >= 0)
+    bad_rows = _bad_rows(table, file, bad, first_row, pl.Series([text for _, text in checks])[reason[bad].astype(np.uint32)])
+    _count(report["quarantine"], bad_rows["reason"])
+    weightless = events.flag(events.values.is_in(rules.no_weight)) & good
+    if weightless.any():
+        _count(report["dropped"], events.values[events.codes[weightless]])
+    forms = times["form"] if good.all() else times["form"].filter(good)
+    _count(report["forms"], forms)
+    if (missing & good).any():
+        report["imputed"][EVENT] += int((missing & good).sum())
+    keep = good & ~weightless
+    rows = slice(None) if keep.all() else np.flatnonzero(keep)
+    event_ids = _text_ids(table, size).to_arrow().cast(pa.string()).take(pa.array(np.arange(size)[rows]))
+    columns = [users.arrow(rows), items.arrow(rows), pa.array(time[rows]), events.arrow(rows), pa.array(value[rows]), event_ids]
+    return pa.table(columns, schema=CLEAN_SCHEMA), bad_rows
+
+
+def _values(table: pa.Table, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values as float32 (NaN = none), and where one is given that is no finite number."""
+    if VALUE not in table.column_names:
+        return np.full(size, np.nan, np.float32), np.zeros(size, bool)
+    raw = pl.Series(pl.from_arrow(table[VALUE]))
+    value = numbers(raw).fill_null(float("nan")).to_numpy()
+    return value, ~np.isfinite(value) & ~_absent(raw)
+
+
+def _text_ids(table: pa.Table, size: int) -> pl.Series:
+    given = EVENT_ID in table.column_names and table[EVENT_ID].null_count < size
+    return ids(pl.Series(pl.from_arrow(table[EVENT_ID]))) if given else pl.Series([None] * size, dtype=pl.String)
+
+
+def _event_names(names: pl.Series) -> pl.Series:
+    stripped = names.cast(pl.String).str.strip_chars()
+    return stripped.set(stripped == "", None)  # the file's default event stands in for an empty name
+
+
+def _with_default(events: Texts, default: str) -> Texts:
+    known = events.values.index_of(default) if len(events.values) else None
+    values = events.values if known is not None else events.values.append(pl.Series([default]))
+    code = np.int32(len(values) - 1 if known is None else known)
+    return Texts(np.where(events.codes < 0, code, events.codes), values)
 
 
 def ids(column: pl.Series) -> pl.Series:
@@ -222,23 +187,27 @@ def numbers(column: pl.Series) -> pl.Series:
     return column.cast(pl.Float64, strict=False).cast(pl.Float32, strict=False)
 
 
-def _is_nan(column: pl.Series) -> pl.Series:
-    return column.is_nan().fill_null(False) if column.dtype.is_float() else pl.Series([False] * len(column), dtype=pl.Boolean)
+def _absent(column: pl.Series) -> np.ndarray:
+    """(E,) bool: null or NaN."""
+    absent = column.is_null() | column.is_nan().fill_null(True) if column.dtype.is_float() else column.is_null()
+    return absent.to_numpy()
 
 
-def _raw_rows(raw: pl.DataFrame, frame: pl.DataFrame, file: SourceFile) -> pl.DataFrame:
-    columns = [
-        (raw[name].cast(pl.String, strict=False) if name in raw.columns else pl.lit(None, pl.String)).alias(name)
+def _bad_rows(table: pa.Table, file: SourceFile, bad: np.ndarray, first_row: int, reasons: pl.Series) -> pl.DataFrame:
+    raw = table.take(pa.array(bad))
+    columns = {
+        name: pl.Series(_text(raw[name])) if name in raw.column_names else pl.Series([None] * len(bad), dtype=pl.String)
         for name in USED_COLUMNS[:5]
-    ]
-    row = (frame[SOURCE] - (file.rank << ROW_BITS)).alias("row")
-    return raw.select(pl.lit(file.name).alias("file"), row, frame["reason"], *columns, pl.lit(None, pl.String).alias("line"))
+    }
+    return pl.DataFrame(
+        {"file": [file.name] * len(bad), "row": bad.astype(np.int64) + first_row, "reason": reasons.cast(pl.String), **columns},
+        schema_overrides={"file": pl.String},
+    ).with_columns(line=pl.lit(None, pl.String))
 
 
-def _quarantine(bad: pl.DataFrame, chunk: Chunk, row: int, rules: RowRules) -> None:
-    if len(bad):
-        name = f"interactions-{chunk.file.rank:06d}-{row:012d}.parquet"
-        storage.write_table(storage.join(rules.work, QUARANTINE, name), bad.to_arrow())
+def _text(column: pa.ChunkedArray) -> pl.Series:
+    plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    return pl.Series(pl.from_arrow(plain)).cast(pl.String, strict=False)
 
 
 def _count(counter: Counter, column: pl.Series) -> None:
@@ -246,21 +215,8 @@ def _count(counter: Counter, column: pl.Series) -> None:
         counter[name] += count
 
 
-def read_reports(work: str) -> dict:
-    """Sum the reports of all chunks.
-
-    Raises:
-        SchemaError: a chunk could not be read.
-    """
-    total: dict = {"rows": 0, "quarantine": Counter(), "dropped": Counter(), "forms": Counter(), "imputed": Counter()}
-    folder = storage.join(work, REPORTS)
-    for name in storage.list_dir(folder):
-        report = storage.read_json(storage.join(folder, name))
-        if report["error"]:
-            raise SchemaError(report["error"])
-        for key, value in total.items():
-            if key == "rows":
-                total["rows"] += report["rows"]
-            else:
-                value.update(report[key])
-    return total
+def ragged_rows(lines: list[dict], file: SourceFile) -> pl.DataFrame:
+    """Lines with a wrong number of fields, laid out like other bad rows."""
+    frame = pl.DataFrame(lines, schema={"row": pl.Int64, "line": pl.String})
+    nothing = [pl.lit(None, pl.String).alias(name) for name in USED_COLUMNS[:5]]
+    return frame.select(pl.lit(file.name).alias("file"), "row", pl.lit("wrong number of fields").alias("reason"), *nothing, "line")

@@ -1,9 +1,11 @@
-"""One partition of users: deduplicate, order, split, encode. Arrow and Polars, no Ray.
+"""One partition of users: deduplicate, order, split, encode. Arrow and NumPy, no files, no Ray.
 
-A partition travels between tasks as RAW_SEQUENCE_SCHEMA, one row a user with
-lists, so that wherever Ray Data cuts a block no user is cut in two.
+A partition that is in order has the columns of clean rows (CLEAN_SCHEMA), sorted by user
+and time, with the user dictionary in byte order. It is kept so beside the prepared set:
+new rows are appended to it by ordering both together.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,20 +13,11 @@ import polars as pl
 import pyarrow as pa
 
 from raysys.prepare.dataset import SEQUENCE_SCHEMA
-from raysys.prepare.rows import SOURCE, TIME
+from raysys.prepare.partition import compact, dictionary_column
+from raysys.prepare.rows import CLEAN_SCHEMA, TIME
 from raysys.schema import EVENT, EVENT_ID, ITEM_ID, SPLIT_TEST, SPLIT_TRAIN, SPLIT_VALID, UNKNOWN_ITEM, USER_ID, VALUE, EventType
 
-DUPLICATES = "duplicates"
-RAW_SEQUENCE_SCHEMA = pa.schema(
-    [
-        (USER_ID, pa.large_string()),
-        (ITEM_ID, pa.large_list(pa.large_string())),
-        (TIME, pa.large_list(pa.int64())),
-        (EVENT, pa.large_list(pa.large_string())),
-        (VALUE, pa.large_list(pa.float32())),
-        (DUPLICATES, pa.int64()),
-    ]
-)
+SECOND_US = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -48,72 +41,121 @@ class Flat:
     """A partition as flat columns: U users, E events, each user's in time order.
 
     Attributes:
-        users: U user ids. indptr: (U+1,) int64. items, events: E strings.
+        users: U user ids, ascending. indptr: (U+1,) int64. items, events: E texts as dictionaries.
         times: (E,) int64. values: (E,) float32. split: (E,) int8.
     """
 
-    users: pa.Array
+    users: pa.StringArray
     indptr: np.ndarray
-    items: pa.Array
-    events: pa.Array
+    items: pa.DictionaryArray
+    events: pa.DictionaryArray
     times: np.ndarray
     values: np.ndarray
     split: np.ndarray
 
 
-def order_partition(table: pa.Table) -> pa.Table:
-    """Drop duplicates and put each user's events in time order.
+def order_partition(tables: Sequence[pa.Table]) -> pa.Table:
+    """Put each user's events in time order and drop what can never be kept.
 
-    Duplicates are events of a user with the same `event_id`, then events with the same
-    user, item, time and event name; the first by (time, source) is kept. Ties in time
-    keep the order of (source file, row).
+    Of the events of a user with the same `event_id`, the first by time stays. Of those with the
+    same user, item, time and event name, the first stays, and so do those before the first one
+    without an `event_id`: an earlier event with the id of the first could still arrive in a later
+    call, and then the next one takes its place (`split_partition` leaves them out until then).
+    So ordering in two calls gives what one call gives. Ties in time keep the order of the rows.
 
     Args:
-        table: all rows of some users, CLEAN_SCHEMA.
+        tables: all rows of some users (CLEAN_SCHEMA) in the order of their files.
 
     Returns:
-        RAW_SEQUENCE_SCHEMA, sorted by user id.
+        CLEAN_SCHEMA, sorted by user id and time.
     """
-    frame = pl.DataFrame(pl.from_arrow(table)).sort(USER_ID, TIME, SOURCE)
-    before = frame.group_by(USER_ID, maintain_order=True).len()
-    if frame[EVENT_ID].null_count() < len(frame):
-        named = pl.col(EVENT_ID).is_not_null()
-        frame = frame.filter(~named | pl.struct(USER_ID, EVENT_ID).is_first_distinct() if len(frame) else named)
-    frame = frame.unique([USER_ID, ITEM_ID, TIME, EVENT], keep="first", maintain_order=True)
-    after = frame.group_by(USER_ID, maintain_order=True).len()
-    offsets = pa.array(np.concatenate([[0], np.cumsum(after["len"].to_numpy())]).astype(np.int64))
-    columns = [
-        pa.LargeListArray.from_arrays(offsets, _array(frame[name], RAW_SEQUENCE_SCHEMA.field(name).type.value_type))
-        for name in (ITEM_ID, TIME, EVENT, VALUE)
-    ]
-    duplicates = (before["len"].cast(pl.Int64) - after["len"].cast(pl.Int64)).to_arrow()
-    return pa.table([_array(after[USER_ID], pa.large_string()), *columns, duplicates], schema=RAW_SEQUENCE_SCHEMA)
+    table = pa.concat_tables(tables).unify_dictionaries().combine_chunks() if tables else CLEAN_SCHEMA.empty_table()
+    if not table.num_rows:
+        return CLEAN_SCHEMA.empty_table()
+    column = dictionary_column(table, USER_ID)
+    names = pl.Series(pl.from_arrow(column.dictionary))
+    by_name = names.arg_sort().to_numpy()
+    rank = np.empty(len(names), np.int32)
+    rank[by_name] = np.arange(len(names), dtype=np.int32)
+    user, time = rank[column.indices.to_numpy()], table[TIME].to_numpy()
+    order = stable_order(user, time)
+    user, time = user[order], time[order]
+    keep = np.ones(len(user), bool)
+    event_ids = table[EVENT_ID]
+    if event_ids.null_count < len(event_ids):
+        keep[_repeated_ids(user, pl.Series(pl.from_arrow(event_ids.take(pa.array(order)))))] = False
+    tied = np.flatnonzero(_tied(user, time) & keep)
+    if len(tied):
+        columns = {name: dictionary_column(table, name).indices.to_numpy()[order[tied]] for name in (ITEM_ID, EVENT)}
+        frame = pl.DataFrame({USER_ID: user[tied], TIME: time[tied], **columns})
+        anchor = event_ids.take(pa.array(order[tied])).is_null().to_numpy(zero_copy_only=False).astype(np.int32)
+        before = (pl.col("anchor").cum_sum() - pl.col("anchor")).over(USER_ID, TIME, ITEM_ID, EVENT)
+        keep[tied[frame.with_columns(anchor=anchor).select(before > 0).to_series().to_numpy()]] = False
+    order, user = order[keep], user[keep]
+    users = pa.DictionaryArray.from_arrays(pa.array(user), names.gather(by_name).to_arrow().cast(pa.string()))
+    ordered = table.take(pa.array(order))
+    return compact(ordered.set_column(0, USER_ID, users).combine_chunks())
 
 
-def _array(column: pl.Series, kind: pa.DataType) -> pa.Array:
-    return column.rechunk().to_arrow().cast(kind)
+def stable_order(user: np.ndarray, time: np.ndarray) -> np.ndarray:
+    """Row numbers by (user, time), ties in row order; one 64-bit key where it holds both, which halves the cost."""
+    first = int(time.min())
+    span = int(time.max()) - first
+    unit = SECOND_US if span >= SECOND_US and not ((time - first) % SECOND_US).any() else 1
+    bits = (span // unit).bit_length()
+    if bits + int(user.max()).bit_length() > 62:
+        return np.lexsort((time, user))
+    return np.argsort((user.astype(np.int64) << bits) | ((time - first) // unit), kind="stable")
+
+
+def _tied(user: np.ndarray, time: np.ndarray) -> np.ndarray:
+    """(E,) bool: another event of the user has the same time."""
+    same = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
+    return np.append(same, False) | np.insert(same, 0, False)
+
+
+def _repeated_ids(user: np.ndarray, event_ids: pl.Series) -> np.ndarray:
+    """Rows whose event id their user had before."""
+    again = np.flatnonzero((event_ids.is_duplicated() & event_ids.is_not_null()).to_numpy())
+    frame = pl.DataFrame({USER_ID: user[again], EVENT_ID: event_ids.gather(again)})
+    return again[~frame.select(pl.struct(pl.all()).is_first_distinct()).to_series().to_numpy()]
 
 
 def split_partition(table: pa.Table, rule: SplitRule) -> Flat:
-    """Lay a partition out flat, mark every event's part and drop users with too few training events."""
-    table = table.combine_chunks()
-    lists = {name: _single(table[name]) for name in (ITEM_ID, TIME, EVENT, VALUE)}
-    offsets = lists[TIME].offsets.to_numpy()
-    indptr = (offsets - offsets[0]).astype(np.int64)
-    times = lists[TIME].flatten().to_numpy()
+    """Lay an ordered partition out flat, mark every event's part and drop users with too few training events."""
+    table = _first_of_each(table)
+    column = dictionary_column(table, USER_ID)
+    lengths = np.bincount(column.indices.to_numpy(), minlength=len(column.dictionary))
+    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    times = table[TIME].to_numpy()
     flat = Flat(
-        _single(table[USER_ID]),
+        column.dictionary,
         indptr,
-        lists[ITEM_ID].flatten(),
-        lists[EVENT].flatten(),
+        dictionary_column(table, ITEM_ID),
+        dictionary_column(table, EVENT),
         times,
-        lists[VALUE].flatten().to_numpy(zero_copy_only=False),
+        table[VALUE].to_numpy(),
         split_codes(indptr, times, rule),
     )
-    if not rule.min_user_events:
+    if not rule.min_user_events or not len(flat.users):
         return flat
-    enough = np.add.reduceat(np.append(flat.split == SPLIT_TRAIN, 0), indptr[:-1]) >= rule.min_user_events
-    return flat if enough.all() else _select(flat, np.repeat(enough, np.diff(indptr)), enough)
+    enough = np.add.reduceat(flat.split == SPLIT_TRAIN, indptr[:-1], dtype=np.int64) >= rule.min_user_events
+    return flat if enough.all() else _select(flat, np.repeat(enough, lengths), enough)
+
+
+def _first_of_each(table: pa.Table) -> pa.Table:
+    """Leave out events with the same user, item, time and event name but an `event_id` of their own."""
+    if table[EVENT_ID].null_count == table.num_rows:
+        return table
+    user = dictionary_column(table, USER_ID).indices.to_numpy()
+    tied = np.flatnonzero(_tied(user, table[TIME].to_numpy()))
+    if not len(tied):
+        return table
+    columns = {name: dictionary_column(table, name).indices.to_numpy()[tied] for name in (ITEM_ID, EVENT)}
+    frame = pl.DataFrame({USER_ID: user[tied], TIME: table[TIME].to_numpy()[tied], **columns})
+    keep = np.ones(table.num_rows, bool)
+    keep[tied] = frame.select(pl.struct(pl.all()).is_first_distinct()).to_series().to_numpy()
+    return table.filter(pa.array(keep)).combine_chunks()
 
 
 def split_codes(indptr: np.ndarray, times: np.ndarray, rule: SplitRule) -> np.ndarray:
@@ -147,68 +189,64 @@ def _select(flat: Flat, events: np.ndarray, users: np.ndarray) -> Flat:
     )
 
 
-def _single(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
-    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) and combined.num_chunks == 1 else combined
-
-
 @dataclass(frozen=True)
 class Vocabulary:
     """Ids to dense rows, and the meaning of events; built from the training window.
 
     Attributes:
         items: item_idx, item_id of every item that has a row (Arrow, so that tasks share one copy).
-        users: user_idx, user_id.
         events: event names by code. event_types: name -> meaning.
         rare: ids of items whose training events are left out.
         ordinal: times are an order, not microseconds.
     """
 
     items: pa.Table
-    users: pa.Table
     events: list[str]
     event_types: dict[str, EventType]
     rare: pa.Array
     ordinal: bool
 
 
-def encode_partition(flat: Flat, vocabulary: Vocabulary) -> pa.Table:
+def encode_partition(flat: Flat, user_idx: np.ndarray, vocabulary: Vocabulary) -> pa.Table:
     """A partition as SEQUENCE_SCHEMA rows, sorted by user_idx.
 
     Users left without any event (all of them rare items) are left out.
+
+    Args:
+        flat: the partition, split.
+        user_idx: (U,) int32 row of every user of it, ascending as the ids are.
+        vocabulary: rows of items, codes of events.
     """
     if len(vocabulary.rare):
-        rare = pl.Series(flat.items).is_in(pl.Series(vocabulary.rare).implode()).to_numpy() & (flat.split == SPLIT_TRAIN)
+        is_rare = pl.Series(pl.from_arrow(flat.items.dictionary)).is_in(pl.Series(vocabulary.rare).implode()).to_numpy()
+        rare = is_rare[flat.items.indices.to_numpy()] & (flat.split == SPLIT_TRAIN)
         lengths = np.bincount(np.repeat(np.arange(len(flat.users)), np.diff(flat.indptr))[~rare], minlength=len(flat.users))
-        flat = _select(flat, ~rare, lengths > 0)
-    users = pl.DataFrame({USER_ID: flat.users}).join(pl.DataFrame(vocabulary.users), on=USER_ID, how="left", maintain_order="left")
-    items = pl.DataFrame({ITEM_ID: flat.items}).join(pl.DataFrame(vocabulary.items), on=ITEM_ID, how="left", maintain_order="left")
-    events = pl.Series(flat.events)
+        flat, user_idx = _select(flat, ~rare, lengths > 0), user_idx[lengths > 0]
+    known = pl.DataFrame({ITEM_ID: pl.from_arrow(flat.items.dictionary)})
+    rows = known.join(pl.DataFrame(vocabulary.items), on=ITEM_ID, how="left", maintain_order="left")["item_idx"]
+    names = flat.events.dictionary.to_pylist()
     codes = {name: code for code, name in enumerate(vocabulary.events)}
-    values = pl.Series(flat.values)
-    offsets = pa.array(flat.indptr.astype(np.int32))
+    event_codes = np.array([codes.get(name, 0) for name in names], np.int8)
     columns = [
-        items["item_idx"].fill_null(UNKNOWN_ITEM).cast(pl.Int32),
-        events.replace_strict(codes, default=0, return_dtype=pl.Int8),
-        pl.Series(flat.times if vocabulary.ordinal else flat.times // 1_000_000),
-        values,
-        positives(events, values, vocabulary.event_types),
-        pl.Series(flat.split),
+        rows.fill_null(UNKNOWN_ITEM).cast(pl.Int32).to_numpy()[flat.items.indices.to_numpy()],
+        event_codes[flat.events.indices.to_numpy()],
+        flat.times if vocabulary.ordinal else flat.times // SECOND_US,
+        flat.values,
+        positives(flat.events, flat.values, vocabulary.event_types),
+        flat.split,
     ]
+    offsets = pa.array(flat.indptr.astype(np.int32))
     lists = [
-        pa.ListArray.from_arrays(offsets, _array(column, field.type.value_type))
+        pa.ListArray.from_arrays(offsets, pa.array(column, field.type.value_type))
         for column, field in zip(columns, list(SEQUENCE_SCHEMA)[1:], strict=True)
     ]
-    table = pa.table([_array(users["user_idx"], pa.int32()), *lists], schema=SEQUENCE_SCHEMA)
-    return table.sort_by("user_idx")
+    return pa.table([pa.array(user_idx, pa.int32()), *lists], schema=SEQUENCE_SCHEMA)
 
 
-def positives(events: pl.Series, values: pl.Series, event_types: dict[str, EventType]) -> pl.Series:
+def positives(events: pa.DictionaryArray, values: np.ndarray, event_types: dict[str, EventType]) -> np.ndarray:
     """(E,) bool: the event is a positive target by its type and, where the type asks for it, its value."""
-    always = [name for name, kind in event_types.items() if kind.positive and kind.min_value is None]
-    positive = pl.col("event").is_in(always)
-    for name, kind in event_types.items():
-        if kind.positive and kind.min_value is not None:
-            enough = (pl.col("value") >= kind.min_value) & pl.col("value").is_not_nan()
-            positive = positive | ((pl.col("event") == name) & enough.fill_null(False))
-    return pl.DataFrame({"event": events, "value": values}).select(positive=positive)["positive"]
+    kinds = [event_types.get(name, EventType()) for name in events.dictionary.to_pylist()]
+    always = np.array([kind.positive and kind.min_value is None for kind in kinds], bool)
+    least = np.array([kind.min_value if kind.positive and kind.min_value is not None else np.inf for kind in kinds], np.float32)
+    codes = events.indices.to_numpy()
+    return always[codes] | (values >= least[codes])  # False where the value is NaN

@@ -56,6 +56,7 @@ class SourceFile:
         default_event: event of rows that have none.
         num_rows: rows by the file's own metadata; None where only reading tells.
         size_bytes: of the file.
+        modified_ns: when it was last written, UTC epoch nanoseconds.
     """
 
     uri: str
@@ -69,6 +70,7 @@ class SourceFile:
     num_rows: int | None = None
     size_bytes: int = 0
     row_groups: tuple[int, ...] = ()
+    modified_ns: int = 0
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 
@@ -158,6 +160,7 @@ def _open_interactions(base: str, rank: int, uri: str) -> SourceFile:
         header.num_rows,
         header.size_bytes,
         header.row_groups,
+        header.modified_ns,
         tuple(notes),
     )
 
@@ -171,7 +174,8 @@ class Header:
     delimiter: str
     num_rows: int | None
     size_bytes: int
-    row_groups: tuple[int, ...]
+    modified_ns: int
+    row_groups: tuple[int, ...] = ()
 
 
 def read_header(uri: str, name: str) -> Header:
@@ -194,7 +198,7 @@ def read_header(uri: str, name: str) -> Header:
         except (pa.ArrowInvalid, OSError) as error:
             raise SchemaError(f"{name}: expected a Parquet file, found something else ({_one_line(error)})") from None
         groups = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
-        return Header("parquet", schema, ",", metadata.num_rows, info.size, groups)
+        return Header("parquet", schema, ",", metadata.num_rows, info.size, info.mtime_ns or 0, groups)
     try:
         with filesystem.open_input_stream(path, compression="gzip" if uri.endswith(".gz") else None) as stream:
             first = stream.read(1 << 16).split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r")
@@ -206,7 +210,7 @@ def read_header(uri: str, name: str) -> Header:
         raise SchemaError(f"{name}: expected a header line with column names, found an empty line")
     if len(set(names)) < len(names):
         raise SchemaError(f"{name}: expected every column once, found {max(names, key=names.count)!r} twice")
-    return Header("csv", pa.schema([(column, pa.string()) for column in names]), delimiter, None, info.size, ())
+    return Header("csv", pa.schema([(column, pa.string()) for column in names]), delimiter, None, info.size, info.mtime_ns or 0)
 
 
 def csv_options(header: tuple[str, ...], delimiter: str, *, newlines_in_values: bool = False) -> dict:
@@ -250,6 +254,11 @@ def map_columns(header: list[str], name: str, aliases: dict[str, str], known: tu
     return columns, notes
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds text."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
 def check_type(column: str, kind: pa.DataType, name: str) -> None:
     """Refuse a type that cannot hold what the contract wants.
 
@@ -257,7 +266,7 @@ def check_type(column: str, kind: pa.DataType, name: str) -> None:
         SchemaError: naming file, column, expected and found type.
     """
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_null(kind)
+    text = is_text(kind) or pa.types.is_null(kind)
     number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
     if column in (USER_ID, ITEM_ID, EVENT_ID):
         good, expected = text or number, "text or whole numbers"

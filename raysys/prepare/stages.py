@@ -1,18 +1,19 @@
 """The distributed part: three passes of Ray Data over the interactions, few and large.
 
-1. read and clean chunks, one hash partition by user, deduplicate and order   -> materialised, one row a user
-2. count (and, for a time split, first a histogram of time to find the cuts)  -> driver
+1. clean the chunks and split them by user      -> a file a chunk
+2. order and count the partitions               -> a raw file a partition, counts   (a `time` split counts in a pass of its own)
 3. encode with the vocabulary and write shards
 
-Up to one partition of rows skips the shuffle: one task reads, cleans and orders.
-What is done to rows stands in rows.py and sequences.py; here is only where it runs.
+Between the passes everything is a file: Ray moves task numbers and reports, so its object
+store stays empty and a lost node costs the tasks that ran on it. What a task does
+stands in tasks.py; here is only where it runs.
 """
 
 import contextlib
+import json
 import logging
 import math
-from collections.abc import Callable, Iterator
-from typing import cast
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import polars as pl
@@ -23,38 +24,27 @@ from ray.data import DataContext
 
 from raysys import storage
 from raysys.errors import RaysysError
+from raysys.prepare import tasks
+from raysys.prepare.chunks import CSV_BYTES_PER_ROW, Piece
 from raysys.prepare.config import PrepareConfig
-from raysys.prepare.dataset import SEQUENCES
-from raysys.prepare.fingerprint import content_sums
-from raysys.prepare.rows import CLEAN_SCHEMA, Chunk, RowRules, clean_chunk
-from raysys.prepare.sequences import (
-    DUPLICATES,
-    SplitRule,
-    Vocabulary,
-    encode_partition,
-    order_partition,
-    positives,
-    split_partition,
-)
+from raysys.prepare.output import step
+from raysys.prepare.rows import RowRules
+from raysys.prepare.sequences import SplitRule, Vocabulary
 from raysys.prepare.source import SourceFile
-from raysys.prepare.vocabulary import Stats, partition_stats, sum_stats
-from raysys.schema import SPLIT_CODES, UNKNOWN_ITEM, USER_ID, EventType
+from raysys.prepare.vocabulary import Stats, merge_stats
+from raysys.schema import USER_ID, EventType
 
-HISTOGRAM_BINS = 1 << 20
-SECOND_US = 1_000_000
-CSV_BYTES_PER_ROW = 30
+FAN_IN = 32
+"""Counts that one task adds up."""
 
 
 @contextlib.contextmanager
 def quiet_ray_data() -> Iterator[None]:
-    """Ray Data without its bars and logs; errors of ours come out as they were raised in the task.
-
-    Also keeps blocks whole: splitting them would only cost copies here.
-    """
+    """Ray Data without its bars and logs; errors of ours come out as they were raised in the task."""
     context = DataContext.get_current()
     loggers = [logging.getLogger(name) for name in ("ray.data", "ray.data._internal")]
-    saved = (context.enable_progress_bars, context.target_max_block_size, [logger.level for logger in loggers])
-    context.enable_progress_bars, context.target_max_block_size = False, None
+    saved = (context.enable_progress_bars, [logger.level for logger in loggers])
+    context.enable_progress_bars = False
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
@@ -62,8 +52,8 @@ def quiet_ray_data() -> Iterator[None]:
     except Exception as error:
         raise _ours(error) or error from None
     finally:
-        context.enable_progress_bars, context.target_max_block_size = saved[0], saved[1]
-        for logger, level in zip(loggers, saved[2], strict=True):
+        context.enable_progress_bars = saved[0]
+        for logger, level in zip(loggers, saved[1], strict=True):
             logger.setLevel(level)
 
 
@@ -83,120 +73,89 @@ def num_partitions(files: list[SourceFile], config: PrepareConfig) -> int:
     return max(1, math.ceil(rows / config.rows_per_partition))
 
 
-def read_and_order(chunks: list[Chunk], rules: RowRules, partitions: int) -> ray.data.Dataset:
-    """Pass 1: every user's events, deduplicated and in order (RAW_SEQUENCE_SCHEMA), held by Ray."""
-    if partitions == 1:
+def run_tasks(task: Callable[[int], dict], count: int) -> list[dict]:
+    """Run `task(0) ... task(count - 1)` on the cluster and return what they report, in that order."""
 
-        def read_all(_: pa.Table) -> pa.Table:
-            return order_partition(_concat([table for chunk in chunks for table in clean_chunk(chunk, rules)]))
+    def run(batch: pa.Table) -> pa.Table:
+        numbers = batch["item"].to_pylist()
+        return pa.table({"number": numbers, "report": [json.dumps(task(number)) for number in numbers]})
 
-        return ray.data.from_items([0], override_num_blocks=1).map_batches(read_all, batch_format="pyarrow", batch_size=None).materialize()
-
-    def read(batch: pa.Table) -> Iterator[pa.Table]:
-        for index in batch["item"].to_pylist():
-            yield from clean_chunk(chunks[index], rules)
-
-    numbered = ray.data.from_items(list(range(len(chunks))), override_num_blocks=len(chunks))
-    cleaned = numbered.map_batches(read, batch_format="pyarrow", batch_size=None)
-    parted = cleaned.repartition(partitions, keys=[USER_ID])
-    return parted.map_batches(lambda table: order_partition(_concat([table])), batch_format="pyarrow", batch_size=None).materialize()
+    numbers = ray.data.from_items(list(range(count)), override_num_blocks=count)
+    rows = numbers.map_batches(run, batch_format="pyarrow", batch_size=None).take_all()
+    return [json.loads(row["report"]) for row in sorted(rows, key=lambda row: row["number"])]
 
 
-def _concat(tables: list[pa.Table]) -> pa.Table:
-    # A partition that got no row has no columns either.
-    full = [table.select(CLEAN_SCHEMA.names).cast(CLEAN_SCHEMA) for table in tables if table.num_rows]
-    return pa.concat_tables(full) if full else CLEAN_SCHEMA.empty_table()
+def clean(chunks: Sequence[tuple[Piece, ...]], rules: RowRules, partitions: int, chunk_rows: int, work: str) -> list[dict]:
+    """Pass 1: a report a chunk (`tasks.clean_chunk`)."""
+    shared = ray.put(list(chunks))
+    return run_tasks(lambda number: tasks.clean_chunk(number, ray.get(shared)[number], rules, partitions, chunk_rows, work), len(chunks))
 
 
-def time_cuts(ordered: ray.data.Dataset, valid_fraction: float, test_fraction: float) -> tuple[int, int]:
+def order(reports: list[dict], partitions: int, kept: list[str] | None, counting: tasks.Counting, work: str) -> np.ndarray:
+    """Pass 2: every user's events, deduplicated and in order, counted unless the cuts are still to be found.
+
+    Returns:
+        Events in each bin of the grid, (HISTOGRAM_BINS + 1,) int64.
+    """
+    segments: Sequence[str] = [name for report in reports for name in report["segments"]]
+    shared = ray.put(segments)
+    total = np.zeros(tasks.HISTOGRAM_BINS + 1, np.int64)
+    for report in run_tasks(
+        lambda number: tasks.order(number, ray.get(shared), None if kept is None else kept[number], counting, work), partitions
+    ):
+        np.add.at(total, np.array(report["bins"], np.int64), np.array(report["events"], np.int64))
+    return total
+
+
+def time_cuts(grid: tasks.TimeGrid, histogram: np.ndarray, valid_fraction: float, test_fraction: float) -> tuple[int, int]:
     """Global times from which validation and test begin.
 
-    The cuts are borders of 2**20 equal bins (whole seconds) between the first and the last
-    event, those nearest to the wanted shares from below, so at most one bin of events is misplaced.
+    The cuts are borders of the grid, those nearest to the wanted shares from below, so at most
+    one bin of events is misplaced.
 
     Returns:
         (valid_from, test_from) in UTC epoch microseconds; a part starts at its time, inclusive.
     """
-
-    def limits(table: pa.Table) -> pa.Table:
-        times = _times(table)
-        return pa.table({"low": [times.min()], "high": [times.max()]})
-
-    ends = _map(ordered, limits).take_all()
-    low, high = min(row["low"] for row in ends), max(row["high"] for row in ends)
-    low -= low % SECOND_US
-    width = -(-(high - low + 1) // (HISTOGRAM_BINS * SECOND_US)) * SECOND_US
-
-    def histogram(table: pa.Table) -> pa.Table:
-        bins, counts = np.unique((_times(table) - low) // width, return_counts=True)
-        return pa.table({"bin": bins, "count": counts})
-
-    total = np.zeros(HISTOGRAM_BINS + 1, np.int64)
-    for batch in _tables(_map(ordered, histogram)):
-        np.add.at(total, batch["bin"].to_numpy(), batch["count"].to_numpy())
-    before = np.concatenate([[0], np.cumsum(total)])
+    before = np.concatenate([[0], np.cumsum(histogram)])
     shares = (1 - valid_fraction - test_fraction, 1 - test_fraction)
-    bins = [int(np.searchsorted(before, share * before[-1], side="right")) - 1 for share in shares]
-    return low + bins[0] * width, low + bins[1] * width
+    valid, test = (int(np.searchsorted(before, share * before[-1], side="right")) - 1 for share in shares)
+    return grid.low + valid * grid.width, grid.low + test * grid.width
 
 
-def _times(table: pa.Table) -> np.ndarray:
-    return table["time"].combine_chunks().flatten().to_numpy()
+def count(partitions: int, rule: SplitRule, event_types: dict[str, EventType], work: str) -> None:
+    """Count the partitions where pass 2 could not."""
+    run_tasks(lambda number: tasks.count(number, rule, event_types, work), partitions)
 
 
-def count(ordered: ray.data.Dataset, rule: SplitRule, event_types: dict[str, EventType]) -> Stats:
-    """Pass 2: the counts from which the vocabulary is built."""
+def read_counts(partitions: int, work: str) -> tuple[Stats, list[pl.Series]]:
+    """Sums over all partitions, added up in a tree, and the users of each."""
+    names = [step(work, "stats", tasks.part_name(number)) for number in range(partitions)]
+    level = 0
+    while len(names) > FAN_IN:
+        level += 1
+        groups = [names[first : first + FAN_IN] for first in range(0, len(names), FAN_IN)]
+        names = [step(work, f"stats-{level}", tasks.part_name(number)) for number in range(len(groups))]
 
-    def stats(table: pa.Table) -> pa.Table:
-        flat = split_partition(table, rule)
-        positive = positives(pl.Series(flat.events), pl.Series(flat.values), event_types)
-        return partition_stats(
-            flat, positive.to_numpy(), duplicates=int(np.sum(table[DUPLICATES].to_numpy())), interactions=len(_times(table))
-        )
+        def merge(number: int, groups=groups, names=names) -> dict:
+            storage.write_table(names[number], merge_stats([storage.read_table(name) for name in groups[number]]))
+            return {}
 
-    return sum_stats(_tables(_map(ordered, stats)))
+        run_tasks(merge, len(groups))
+    stats = Stats.of(merge_stats([storage.read_table(name) for name in names]))
+    users = (storage.read_table(step(work, "users", tasks.part_name(number))) for number in range(partitions))
+    return stats, [pl.Series(pl.from_arrow(table[USER_ID])) for table in users]
 
 
-def encode_and_write(ordered: ray.data.Dataset, rule: SplitRule, vocabulary: Vocabulary, work: str) -> dict:
+def encode(rule: SplitRule, user_idx: list[np.ndarray], vocabulary: Vocabulary, work: str) -> dict:
     """Pass 3: write the shards.
 
     Returns:
-        Sums over all shards: `users`, `train`, `valid`, `test`, `unknown_targets`, `positive`, `sums` (fingerprint).
+        Sums of what the shards report (`tasks.encode`).
     """
-    shared = ray.put(vocabulary)
-
-    def encode(table: pa.Table) -> pa.Table:
-        encoded = encode_partition(split_partition(table, rule), ray.get(shared))
-        if encoded.num_rows:
-            # The first user of a shard names it: unique, and the same when the task is retried.
-            name = f"part-{encoded['user_idx'][0].as_py():010d}.parquet"
-            storage.write_table(storage.join(work, SEQUENCES, name), encoded)
-        split = encoded["split"].combine_chunks().flatten().to_numpy()
-        items = encoded["item_idx"].combine_chunks().flatten().to_numpy()
-        sums = content_sums(encoded)
-        row = {name: int((split == code).sum()) for name, code in SPLIT_CODES.items()}
-        row |= {"users": encoded.num_rows, "unknown_targets": int((items == UNKNOWN_ITEM).sum())}
-        row |= {"positive": int(encoded["positive"].combine_chunks().flatten().to_numpy(zero_copy_only=False).sum())}
-        return pa.table({name: [value] for name, value in row.items()} | {"sums": [[str(value) for value in sums]]})
-
+    shared, rows = ray.put(vocabulary), [ray.put(part) for part in user_idx]
     total: dict = {"sums": [0, 0]}
-    for row in _map(ordered, encode).take_all():
-        total["sums"] = [(old + int(new)) % 2**64 for old, new in zip(total["sums"], row.pop("sums"), strict=True)]
-        for name, value in row.items():
+    for report in run_tasks(lambda number: tasks.encode(number, rule, ray.get(rows[number]), ray.get(shared), work), len(rows)):
+        total["sums"] = [(old + new) % 2**64 for old, new in zip(total["sums"], report.pop("sums"), strict=True)]
+        for name, value in report.items():
             total[name] = total.get(name, 0) + value
     return total
-
-
-def _tables(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
-    for batch in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
-        table = cast(pa.Table, batch)
-        if table.num_rows:
-            yield table
-
-
-def _map(dataset: ray.data.Dataset, function: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
-    def on_rows(table: pa.Table) -> pa.Table:
-        # A partition without users has no columns.
-        return function(table) if table.num_rows else pa.table({})
-
-    return dataset.map_batches(on_rows, batch_format="pyarrow", batch_size=None, zero_copy_batch=True)

@@ -41,6 +41,36 @@ class AttributeTable:
         self.notes: list[str] = []
         self.duplicates = 0
 
+    def extended(self, later: "AttributeTable") -> "AttributeTable":
+        """Both tables; where both have an id, the row of the later one.
+
+        Raises:
+            SchemaError: a column has types that do not go together.
+        """
+        both = AttributeTable(self.id_column)
+        parts = [table.rows for table in (self, later) if len(table.rows)]
+        both.add([self.rows.clear()] if not parts else parts, "the item or user table")
+        both.bad = pl.concat([self.bad, later.bad])
+        both.notes = later.notes
+        both.duplicates += self.duplicates + later.duplicates
+        return both
+
+    def add(self, parts: list[pl.DataFrame], where: str) -> None:
+        """Fill `rows`; the last row of an id wins.
+
+        Args:
+            parts: one frame a file. where: named in the message.
+
+        Raises:
+            SchemaError: a column has types that do not go together.
+        """
+        try:
+            rows = pl.concat(parts, how="diagonal_relaxed")
+        except (pl.exceptions.SchemaError, pl.exceptions.InvalidOperationError) as error:
+            raise SchemaError(f"{where}: expected the same column types in every part, found: {error}") from None
+        self.rows = rows.unique(self.id_column, keep="last", maintain_order=True)
+        self.duplicates = len(rows) - len(self.rows)
+
     @property
     def quarantine(self) -> dict[str, int]:
         """Reason -> number of refused rows."""
@@ -60,14 +90,8 @@ def read_attributes(uris: Sequence[str], id_column: str) -> AttributeTable:
     table = AttributeTable(id_column)
     parts = [_read_file(uri, table) for uri in uris]
     parts = [part for part in parts if part.width]
-    if not parts:
-        return table
-    try:
-        rows = pl.concat(parts, how="diagonal_relaxed")
-    except (pl.exceptions.SchemaError, pl.exceptions.InvalidOperationError) as error:
-        raise SchemaError(f"{uris[0]} and {len(uris) - 1} more: expected the same column types in every part, found: {error}") from None
-    table.rows = rows.unique(id_column, keep="last", maintain_order=True)
-    table.duplicates = len(rows) - len(table.rows)
+    if parts:
+        table.add(parts, f"{uris[0]} and {len(uris) - 1} more")
     return table
 
 

@@ -6,105 +6,100 @@ further items exist (leave-one-out ranks all items of the data).
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from raysys.prepare.sequences import DUPLICATES, Flat, Vocabulary
-from raysys.schema import ITEM_ID, ITEM_IDX, OTHER_EVENT, SPLIT_TRAIN, USER_ID, USER_IDX, EventType
+from raysys.prepare.sequences import Flat, Vocabulary, positives
+from raysys.schema import ITEM_ID, ITEM_IDX, OTHER_EVENT, SPLIT_TRAIN, USER_ID, EventType
 
 MAX_EVENT_NAMES = 126
 """Event codes are int8 and code 0 is OTHER_EVENT."""
 
 STATS_SCHEMA = pa.schema(
     [
-        (USER_ID, pa.large_list(pa.large_string())),
-        (ITEM_ID, pa.large_list(pa.large_string())),
-        ("num_train", pa.large_list(pa.int64())),
-        ("event", pa.list_(pa.large_string())),
+        (ITEM_ID, pa.list_(pa.string())),
+        ("num_train", pa.list_(pa.int64())),
+        ("event", pa.list_(pa.string())),
         ("event_train", pa.list_(pa.int64())),
         ("watermark", pa.int64()),
-        (DUPLICATES, pa.int64()),
         ("interactions", pa.int64()),
         ("positive", pa.int64()),
     ]
 )
+"""Counts of some users as one row: they add up in any order and grouping (`merge_stats`)."""
 
 
-def partition_stats(flat: Flat, positive: np.ndarray, *, duplicates: int, interactions: int) -> pa.Table:
+def partition_stats(flat: Flat, event_types: dict[str, EventType], interactions: int) -> pa.Table:
     """Counts of one partition as one STATS_SCHEMA row.
 
     Args:
         flat: the partition, split.
-        positive: (E,) bool positive targets under the configured event types.
-        duplicates: rows dropped as duplicates.
+        event_types: which events are positive targets.
         interactions: events of the partition, those of left-out users included.
     """
     train = flat.split == SPLIT_TRAIN
-    frame = pl.DataFrame({ITEM_ID: flat.items, "event": flat.events, "train": train})
-    items = frame.group_by(ITEM_ID).agg(pl.col("train").sum().cast(pl.Int64))
-    events = frame.group_by("event").agg(pl.col("train").sum().cast(pl.Int64))
-    row = [
-        flat.users.to_pylist(),
-        items[ITEM_ID].to_list(),
-        items["train"].to_list(),
-        events["event"].to_list(),
-        events["train"].to_list(),
-        int(flat.times[train].max()) if train.any() else None,
-        duplicates,
-        interactions,
-        int((positive & train).sum()),
+    row: list = []
+    for column in (flat.items, flat.events):
+        codes, size = column.indices.to_numpy(), len(column.dictionary)
+        seen = np.flatnonzero(np.bincount(codes, minlength=size))
+        row += [column.dictionary.take(pa.array(seen)), pa.array(np.bincount(codes[train], minlength=size)[seen])]
+    positive = positives(flat.events, flat.values, event_types) & train
+    row += [int(flat.times[train].max()) if train.any() else None, interactions, int(positive.sum())]
+    return _stats_row(row)
+
+
+def merge_stats(batches: Iterable[pa.Table]) -> pa.Table:
+    """Add STATS_SCHEMA rows up to one row."""
+    table = pa.concat_tables(batches)
+    row: list = []
+    for name, count in ((ITEM_ID, "num_train"), ("event", "event_train")):
+        texts, counts = (pl.Series(pl.from_arrow(_flatten(table[column]))) for column in (name, count))
+        total = pl.DataFrame({"text": texts, "count": counts}).group_by("text").agg(pl.col("count").sum()).sort("text")
+        row += [total["text"].to_arrow().cast(pa.string()), total["count"].to_arrow()]
+    row += [pc.max(table["watermark"]).as_py(), *(pc.sum(table[name]).as_py() for name in ("interactions", "positive"))]
+    return _stats_row(row)
+
+
+def _stats_row(row: list) -> pa.Table:
+    columns = [
+        pa.ListArray.from_arrays(pa.array([0, len(value)], pa.int32()), value) if isinstance(value, pa.Array) else pa.array([value])
+        for value in row
     ]
-    return pa.table([[value] for value in row], schema=STATS_SCHEMA)
+    return pa.table([column.cast(field.type) for column, field in zip(columns, STATS_SCHEMA, strict=True)], schema=STATS_SCHEMA)
+
+
+def _flatten(column: pa.ChunkedArray) -> pa.Array:
+    return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type).combine_chunks()
 
 
 @dataclass
 class Stats:
-    """Sums of all partitions.
+    """Sums over all users.
 
     Attributes:
         items: item_id, num_train (0 = seen in held-out events only).
-        users: user_id of all users with events.
         events: event name -> training events; 0 for names seen in held-out events only.
         watermark: largest training time, None without training events.
-        duplicates, interactions, positive: rows.
+        interactions, positive: rows.
     """
 
-    items: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema={ITEM_ID: pl.String, "num_train": pl.Int64}))
-    users: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema={USER_ID: pl.String}))
-    events: Counter = field(default_factory=Counter)
-    watermark: int | None = None
-    duplicates: int = 0
-    interactions: int = 0
-    positive: int = 0
+    items: pl.DataFrame
+    events: Counter
+    watermark: int | None
+    interactions: int
+    positive: int
 
-
-def sum_stats(batches: Iterable[pa.Table]) -> Stats:
-    """Add partitions up; memory holds the vocabulary, never all partitions."""
-    total = Stats()
-    users: list[pl.DataFrame] = []
-    for batch in batches:
-        for row in range(batch.num_rows):
-            part = batch.slice(row, 1)
-            items = pl.DataFrame({name: pl.from_arrow(_flatten(part[name])) for name in (ITEM_ID, "num_train")})
-            total.items = pl.concat([total.items, items]).group_by(ITEM_ID).agg(pl.col("num_train").sum())
-            users.append(pl.DataFrame({USER_ID: pl.from_arrow(_flatten(part[USER_ID]))}))
-            for name, count in zip(part["event"][0].as_py(), part["event_train"][0].as_py(), strict=True):
-                total.events[name] += count
-            watermark = part["watermark"][0].as_py()
-            if watermark is not None:
-                total.watermark = watermark if total.watermark is None else max(total.watermark, watermark)
-            total.duplicates += part[DUPLICATES][0].as_py()
-            total.interactions += part["interactions"][0].as_py()
-            total.positive += part["positive"][0].as_py()
-    total.users = pl.concat(users) if users else total.users
-    return total
-
-
-def _flatten(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks().flatten()
+    @classmethod
+    def of(cls, row: pa.Table) -> "Stats":
+        """Unpack one STATS_SCHEMA row."""
+        items = pl.DataFrame({name: pl.from_arrow(_flatten(row[name])) for name in (ITEM_ID, "num_train")})
+        (facts,) = row.drop_columns([ITEM_ID, "num_train"]).to_pylist()
+        events = Counter(dict(zip(facts.pop("event"), facts.pop("event_train"), strict=True)))
+        return cls(items, events, **facts)
 
 
 @dataclass(frozen=True)
@@ -138,11 +133,24 @@ def order_items(stats: Stats, table_ids: pl.Series, *, split: str, min_item_even
     return ItemOrder(pl.concat([warm, rest]), len(warm), rare[ITEM_ID], int(rare["num_train"].sum()))
 
 
-def order_users(stats: Stats, table_ids: pl.Series) -> pl.DataFrame:
-    """user_id in row order: users with events by id, then users that only the user table knows, by id."""
-    active = stats.users[USER_ID].sort()
+def order_users(parts: list[pl.Series], table_ids: pl.Series) -> tuple[pl.DataFrame, list[np.ndarray]]:
+    """Rows of the users: those with events by id, then those that only the user table knows, by id.
+
+    Args:
+        parts: ids of the users of every partition; no id is in two.
+        table_ids: ids of the user table.
+
+    Returns:
+        user_id in row order, and for each partition the (U,) int32 rows of its users.
+    """
+    everyone = pl.concat(parts).alias(USER_ID)
+    order = everyone.arg_sort().to_numpy()
+    rank = np.empty(len(everyone), np.int32)
+    rank[order] = np.arange(len(everyone), dtype=np.int32)
+    active = everyone.gather(order)
     listed = table_ids.filter(~table_ids.is_in(active.implode())).sort()
-    return pl.concat([active, listed]).alias(USER_ID).to_frame()
+    bounds = np.cumsum([len(part) for part in parts])[:-1]
+    return pl.concat([active, listed.alias(USER_ID)]).to_frame(), np.split(rank, bounds)
 
 
 def event_codes(counts: Counter) -> tuple[list[str], list[str]]:
@@ -172,8 +180,7 @@ def resolve_event_types(configured: dict[str, EventType], stats: Stats) -> tuple
     return types, notes
 
 
-def build_vocabulary(order: ItemOrder, users: pl.DataFrame, events: list[str], types: dict[str, EventType], *, ordinal: bool) -> Vocabulary:
+def build_vocabulary(order: ItemOrder, events: list[str], types: dict[str, EventType], *, ordinal: bool) -> Vocabulary:
     """What the encoding tasks need."""
     items = order.rows.select(ITEM_ID).with_row_index(ITEM_IDX)
-    numbered = users.with_row_index(USER_IDX)
-    return Vocabulary(items.to_arrow(), numbered.to_arrow(), events, types, order.rare.to_arrow(), ordinal)
+    return Vocabulary(items.to_arrow(), events, types, order.rare.to_arrow(), ordinal)

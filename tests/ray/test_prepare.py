@@ -129,7 +129,6 @@ def test_several_partitions_have_one_global_cut_and_keep_ties_in_order(tmp_path)
     assert histories(one)["tied"] == ["1", "2", "3", "4"]
     shares = [one.manifest["counts"][part] / 1004 for part in ("train", "valid", "test")]
     assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.002)
-    # The hash shuffle starts actors and takes most of this module's time; two tests use it.
     two = prepared(tmp_path, split="time", config=PrepareConfig(partitions=2))
     assert one.manifest["cuts"] == two.manifest["cuts"]
     assert one.manifest["fingerprint"] == two.manifest["fingerprint"]
@@ -265,7 +264,7 @@ def test_progress_and_summary_are_short(tmp_path, capfd):
     manifest = prepare(str(tmp_path / "interactions.parquet"), str(tmp_path / "out"))
     captured = capfd.readouterr()
     lines = captured.out.splitlines()
-    assert [line.split("  ")[2] for line in lines] == ["tables", "read, clean, order", "count", "encode, write"]
+    assert [line.split("  ")[2] for line in lines] == ["tables", "clean, split", "order", "count", "encode, write"]
     assert captured.err == ""
     summary = dict(summary_rows(manifest))
     assert summary["interactions"] == "100 of 125 read"

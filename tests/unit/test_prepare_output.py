@@ -12,17 +12,26 @@ from raysys import config, storage
 from raysys.errors import ConfigError, SchemaError
 from raysys.prepare.config import PrepareConfig
 from raysys.prepare.dataset import FORMAT, MANIFEST, Prepared
-from raysys.prepare.output import working_folder
+from raysys.prepare.output import recover, step, working_folder
 from raysys.prepare.source import map_columns
 from raysys.schema import COLUMN_ALIASES, EventType
 
 KNOWN = ("user_id", "item_id", "timestamp", "event", "value")
 
 
-def write(out: str, name: str) -> None:
-    with working_folder(out) as work:
+def write(out: str, name: str, key: str = "key") -> None:
+    recover(out)
+    with working_folder(out, key) as work:
         storage.write_bytes(f"{work}/{name}", b"x")
+        storage.write_bytes(step(work, "half"), b"x")
         storage.write_json(f"{work}/{MANIFEST}", {"format": FORMAT, "name": name})
+
+
+def killed(code: str) -> None:
+    """Run code with `out` bound in a process that kills itself."""
+    preface = "import os, signal\nfrom raysys import storage\nfrom raysys.prepare import output\n"
+    done = subprocess.run([sys.executable, "-c", preface + code], check=False)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_a_new_set_replaces_the_old_one_completely(tmp_path):
@@ -33,34 +42,69 @@ def test_a_new_set_replaces_the_old_one_completely(tmp_path):
     assert os.listdir(tmp_path) == ["set"]
 
 
-def test_a_failure_leaves_the_old_set_and_no_rubbish(tmp_path):
+def test_a_users_error_leaves_the_old_set_and_no_rubbish(tmp_path):
     out = str(tmp_path / "set")
     write(out, "old")
-    with pytest.raises(RuntimeError):
-        with working_folder(out) as work:
+    with pytest.raises(SchemaError):
+        with working_folder(out, "key") as work:
             storage.write_bytes(f"{work}/half", b"x")
-            raise RuntimeError("stopped")
+            raise SchemaError("wrong")
     assert storage.list_dir(out) == [MANIFEST, "old"]
     assert os.listdir(tmp_path) == ["set"]
 
 
-def test_a_kill_in_the_middle_leaves_the_old_set(tmp_path):
+def test_a_kill_in_the_middle_leaves_the_old_set_and_the_work(tmp_path):
     out = str(tmp_path / "set")
     write(out, "old")
-    code = f"""
-import os, signal
-from raysys import storage
-from raysys.prepare.output import working_folder
-with working_folder({out!r}) as work:
+    killed(f"""
+with output.working_folder({out!r}, "key") as work:
     storage.write_bytes(work + "/half", b"x")
     os.kill(os.getpid(), signal.SIGKILL)
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=False)
-    assert done.returncode == -signal.SIGKILL
+""")
     assert Prepared.open(out).manifest["name"] == "old"
     assert storage.list_dir(out) == [MANIFEST, "old"]
-    write(out, "new")
+    recover(out)
+    with working_folder(out, "key") as work:
+        assert storage.list_dir(work) == ["half"]
+        storage.write_json(f"{work}/{MANIFEST}", {"format": FORMAT, "name": "new"})
     assert Prepared.open(out).manifest["name"] == "new"
+    assert os.listdir(tmp_path) == ["set"]
+
+
+def test_other_inputs_begin_anew_and_remove_what_was_left(tmp_path):
+    out = str(tmp_path / "set")
+    with pytest.raises(RuntimeError):
+        with working_folder(out, "one"):
+            raise RuntimeError("the cluster went away")
+    with working_folder(out, "two") as work:
+        assert storage.list_dir(work) == []
+        storage.write_json(f"{work}/{MANIFEST}", {"format": FORMAT})
+    assert os.listdir(tmp_path) == ["set"]
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_kill_between_old_and_new_is_made_good_by_the_next_call(tmp_path, monkeypatch, local):
+    out = str(tmp_path / "set")
+    write(out, "old")
+    fatal = "output.os.rename" if local else "output.storage.copy_file"
+    killed(f"""
+output.storage.is_local = lambda uri: {local}
+real, calls = {fatal}, []
+def once(*arguments):
+    if calls: os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(real(*arguments))
+{fatal} = once
+with output.working_folder({out!r}, "key") as work:
+    for name in ("one", "two"):
+        storage.write_bytes(work + "/" + name, b"x")
+    storage.write_json(work + "/{MANIFEST}", {{"format": {FORMAT!r}, "name": "new"}})
+""")
+    with pytest.raises(SchemaError, match="expected a prepared set"):
+        Prepared.open(out)
+    monkeypatch.setattr(storage, "is_local", lambda uri: local)
+    recover(out)
+    assert Prepared.open(out).manifest["name"] == "new"
+    assert storage.list_dir(out) == [MANIFEST, "one", "two"]
 
 
 def test_only_a_prepared_set_is_replaced(tmp_path):
@@ -93,6 +137,8 @@ def test_a_set_on_another_file_system_is_replaced_with_its_manifest_last(tmp_pat
         ({"test_fraction": 0}, "expected shares in"),
         ({"min_user_events": -1}, "min_user_events: expected 0 or more, got -1"),
         ({"rows_per_partition": 0}, "rows_per_partition"),
+        ({"rows_per_chunk": 0}, "rows_per_chunk"),
+        ({"partitions": 100_000}, "partitions: expected at most 65536"),
         ({"max_timestamp": "soon"}, "max_timestamp: expected an ISO date"),
         ({"min_timestamp": "2020-01-01", "max_timestamp": "2019-01-01"}, "is not before"),
         ({"event_types": {"click": {"weight": -1}}}, "event_types.click.weight"),

@@ -9,7 +9,7 @@ import pytest
 
 from raysys.errors import SchemaError
 from raysys.prepare.tables import items_in_order, read_attributes, users_in_order
-from raysys.prepare.vocabulary import Stats, event_codes, order_items, order_users, resolve_event_types
+from raysys.prepare.vocabulary import Stats, event_codes, order_items, resolve_event_types
 from raysys.schema import DEFAULT_EVENT_TYPES, EventType
 
 
@@ -132,7 +132,7 @@ def test_a_wrong_item_table_is_one_clear_error(tmp_path, columns, message):
 
 def stats(counts: dict, events: dict | None = None, positive: int = 1) -> Stats:
     items = pl.DataFrame({"item_id": list(counts), "num_train": list(counts.values())})
-    return Stats(items, pl.DataFrame({"user_id": ["b", "a"]}), Counter(events or {}), 9, 0, 0, positive)
+    return Stats(items, Counter(events or {}), 9, 0, positive)
 
 
 def test_item_rows_are_warm_then_held_out_then_listed():
@@ -151,10 +151,6 @@ def test_rare_items_are_cold():
     assert (rare.rows["item_id"].to_list(), rare.num_warm, rare.rare.to_list(), rare.dropped) == (["many", "few"], 1, ["few"], 2)
     gone = order_items(stats({"few": 2, "many": 5}), pl.Series([], dtype=pl.String), split="time", min_item_events=3)
     assert gone.rows["item_id"].to_list() == ["many"]
-
-
-def test_users_with_events_come_before_listed_ones():
-    assert order_users(stats({}), pl.Series(["0", "a"]))["user_id"].to_list() == ["a", "b", "0"]
 
 
 def test_event_codes_are_alphabetical_and_bounded():
