@@ -10,8 +10,9 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+import raysys
+from raysys import cluster, storage
 from raysys import config as settings
-from raysys import storage
 from raysys.errors import ConfigError, SchemaError
 from raysys.prepare import kept, output, quarantine, stages
 from raysys.prepare.chunks import plan_chunks
@@ -77,6 +78,7 @@ def prepare(
         SchemaError: the data is not what the contract says, or has bad rows under `strict`.
         ConfigError: a setting does not fit, or `out` holds something that is not a prepared set.
     """
+    data, out = cluster.location(data, "data"), cluster.location(out, "out").rstrip("/")  # workers have another working directory
     if split is not None and split not in SPLIT_KINDS:
         raise ConfigError(f"split: expected one of {', '.join(SPLIT_KINDS)}, got {split!r}")
     output.recover(out)
@@ -177,7 +179,7 @@ def work_facts(data: str, files: list[SourceFile], split: str, config: PrepareCo
     """All that the files of the working folder depend on."""
     attributes = [uri for stem in (ITEM_TABLE, USER_TABLE) for uri in (find_table(data, stem) if data != files[0].uri else [])]
     return {
-        "format": FORMAT,
+        "code": raysys.__version__,
         "interactions": [(file.uri, file.size_bytes, file.modified_ns) for file in files],
         "attributes": [(uri, storage.sha256(uri)) for uri in attributes],
         "split": split,
