@@ -11,6 +11,7 @@ Klenitskiy & Vasilev, "Turning Dross Into Gold Loss", RecSys 2023.
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,6 +94,8 @@ class InterestEncoder(nn.Module):
         config: shape.
         table: builds the item table from the seed of its rows; None for a whole one (`train/table.py` has one that is cut over workers).
     """
+
+    items: Any
 
     def __init__(self, num_items: int, num_event_types: int, config: InterestConfig, table: Callable[[int], nn.Module] | None = None):
         super().__init__()

@@ -182,6 +182,6 @@ def _pad(pool: Pool, start: np.ndarray, stop: np.ndarray, padding: int) -> Batch
     return Batch(items, events, targets)
 
 
-def num_windows(lengths: np.ndarray, max_length: int) -> int:
-    """About how many windows histories of these lengths have; exact where none is longer than `max_length`."""
-    return int(np.ceil(np.maximum(lengths - 1, 0) / max_length).sum())
+def num_windows(lengths: np.ndarray, max_length: int, users: np.ndarray | int = 1) -> int:
+    """About how many windows histories of these lengths have, `users` of each; exact where none is longer than `max_length`."""
+    return int((np.ceil(np.maximum(lengths - 1, 0) / max_length) * users).sum())

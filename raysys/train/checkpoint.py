@@ -12,6 +12,7 @@ torch.distributed.checkpoint: its metadata is one.
 
 import os
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from safetensors import safe_open
@@ -23,6 +24,37 @@ from raysys.errors import SchemaError
 
 STATE, DENSE = "state.json", "dense.safetensors"
 ROWS = re.compile(r"rows-(\d+)-(\d+)\.safetensors")
+
+
+@dataclass
+class Saved:
+    """What a worker keeps between stages and takes along in checkpoints.
+
+    Attributes:
+        state: JSON-ready. dense: tensors that are the same on all ranks. rows: tensors with a row for each item of this rank.
+    """
+
+    state: dict[str, Any]
+    dense: dict[str, Tensor]
+    rows: dict[str, Tensor]
+
+    def put(self, prefix: str, dense: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
+        """Add tensors under a prefix."""
+        self.dense |= {f"{prefix}{name}": tensor for name, tensor in dense.items()}
+        self.rows |= {f"{prefix}{name}": tensor for name, tensor in rows.items()}
+
+    def under(self, prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Dense tensors and rows under a prefix, without it."""
+        return _under(self.dense, prefix), _under(self.rows, prefix)
+
+    def drop(self, *prefixes: str) -> None:
+        """Forget tensors under some prefixes."""
+        self.dense = {name: tensor for name, tensor in self.dense.items() if not name.startswith(prefixes)}
+        self.rows = {name: tensor for name, tensor in self.rows.items() if not name.startswith(prefixes)}
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def write_state(folder: str, state: dict[str, Any], dense: dict[str, Tensor]) -> None:

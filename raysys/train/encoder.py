@@ -194,13 +194,13 @@ class EncoderTraining:
         self.parallel, self.device, self.deadline = parallel or Parallel(), device, deadline
         self.validate, self.on_epoch, self.on_checkpoint, self.on_step = validate, on_epoch, on_checkpoint, on_step
         table = encoder.items
-        self.table = table.weight
+        self.table: nn.Parameter = table.weight
         table.sparse = config.table_optimizer != "adamw" and config.loss == "sampled"
         if config.compile:
             for block in encoder.blocks:
                 block.compile(dynamic=True)
         self.module = self.parallel.wrap(_Trainee(encoder, config, self.parallel), self.table)
-        self.names = {parameter: name for name, parameter in encoder.named_parameters() if parameter is not self.table}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in encoder.named_parameters() if parameter is not self.table}
         self.optimizer = dense_optimizer(self.module, self.table, lr=config.lr, weight_decay=config.weight_decay)
         table_lr = config.lr if config.table_lr is None else config.table_lr
         self.table_optimizer = table_optimizer(config.table_optimizer, self.table, lr=table_lr, weight_decay=config.weight_decay)
@@ -360,9 +360,6 @@ class EncoderTraining:
         for name in ("step", "stale", "pool", "batch", "loss_sum", "num_targets", "seconds"):
             setattr(self, name, progress[name])
 
-        def under(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): tensor for name, tensor in values.items() if name.startswith(prefix)}
-
         def padded(rows: Tensor) -> Tensor:
             extra = len(self.table) - len(rows)  # the row of padding, which is in no checkpoint
             return torch.cat([rows.to(self.table.device), rows.new_zeros(extra, *rows.shape[1:]).to(self.table.device)]) if extra else rows
@@ -370,9 +367,9 @@ class EncoderTraining:
         self.table.copy_(padded(state.rows["items"]))
         for parameter, name in self.names.items():
             fill(parameter, state.dense[f"model/{name}"])
-        load_dense_state(self.optimizer, self.names, under(state.dense, "optimizer/"))
-        by_row = {name: padded(tensor) for name, tensor in under(state.rows, "optimizer/").items()}
-        load_table_state(self.table_optimizer, self.table, by_row, under(state.dense, "table/"))
+        load_dense_state(self.optimizer, self.names, _under(state.dense, "optimizer/"))
+        by_row = {name: padded(tensor) for name, tensor in _under(state.rows, "optimizer/").items()}
+        load_table_state(self.table_optimizer, self.table, by_row, _under(state.dense, "table/"))
         if self.config.ema:
             self.average.rows.copy_(padded(state.rows["kept"]))
             for name, tensor in self.average.dense.items():
@@ -392,6 +389,10 @@ def train_encoder(
     if resume is not None:
         training.resume(resume)
     return training.run()
+
+
+def _under(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in values.items() if name.startswith(prefix)}
 
 
 def _epochs_that_fit(wanted: int, history: list[dict], deadline: float | None) -> float:

@@ -86,9 +86,7 @@ def sampled_softmax_loss(
     return (torch.logsumexp(torch.cat([positive, negative], dim=1), dim=1, keepdim=True) - positive).sum()
 
 
-def negative_logits(
-    states_PD: Tensor, negative_SD: Tensor, targets_P: Tensor, negatives_S: Tensor, log_expected: Tensor | float
-) -> Tensor:
+def negative_logits(states_PD: Tensor, negative_SD: Tensor, targets_P: Tensor, negatives_S: Tensor, log_expected: Tensor | float) -> Tensor:
     """(P, S) logits of shared negatives with logQ correction, -inf at accidental hits; see `sampled_softmax_loss`."""
     logits = states_PD @ negative_SD.T - log_expected
     return logits.masked_fill(negatives_S[None, :] == targets_P[:, None], float("-inf"))

@@ -123,11 +123,7 @@ def schedule(step: int, warmup_steps: int, total: int) -> float:
 
 def dense_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
     """Moments by parameter name, whole even where FSDP has cut them; every rank must call."""
-    return {
-        f"{name}/{key}": whole(value)
-        for parameter, name in names.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    return {f"{name}/{key}": whole(value) for parameter, name in names.items() for key, value in optimizer.state.get(parameter, {}).items()}
 
 
 def load_dense_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], saved: dict[str, Tensor]) -> None:
@@ -150,9 +146,7 @@ def table_state(optimizer: torch.optim.Optimizer, table: nn.Parameter) -> tuple[
     return {k: v for k, v in state.items() if v.ndim}, {k: v for k, v in state.items() if not v.ndim}
 
 
-def load_table_state(
-    optimizer: torch.optim.Optimizer, table: nn.Parameter, rows: dict[str, Tensor], shared: dict[str, Tensor]
-) -> None:
+def load_table_state(optimizer: torch.optim.Optimizer, table: nn.Parameter, rows: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
     """State of `table_state`, for the rows that this worker holds now."""
     if rows:
         optimizer.state[table] = {**{k: v.to(table.device) for k, v in rows.items()}, **{k: v.clone() for k, v in shared.items()}}

@@ -9,7 +9,7 @@ With `shard_items` the item table is cut row-wise over the workers under either.
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,7 @@ class Parallel:
         size = -(-num_items // self.world_size)
         return min(self.rank * size, num_items), min((self.rank + 1) * size, num_items)
 
-    def wrap(self, trainee: nn.Module, table: Tensor) -> nn.Module:
+    def wrap(self, trainee: Any, table: nn.Parameter) -> nn.Module:
         """The module to call in training; `trainee.encoder` is the encoder inside.
 
         Args:
@@ -63,7 +63,7 @@ class Parallel:
             trainee._ddp_params_and_buffers_to_ignore = [name for name, value in trainee.named_parameters() if value is table]
         return DistributedDataParallel(trainee, device_ids=[table.device] if table.device.type == "cuda" else None)
 
-    def accumulating(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    def accumulating(self, module: Any, last: bool) -> contextlib.AbstractContextManager:
         """Around the passes of one step: gradients travel in the last one only."""
         if isinstance(module, DistributedDataParallel) and not last:
             return module.no_sync()
@@ -93,9 +93,9 @@ class Parallel:
             table: the item table, whole or this rank's rows; its gradient may be sparse.
             limit: L2 norm.
         """
-        dense = [parameter for parameter in dense if parameter.grad is not None]
-        if dense:
-            total = nn.utils.get_total_norm([parameter.grad for parameter in dense])
+        gradients = [parameter.grad for parameter in dense if parameter.grad is not None]
+        if gradients:
+            total = nn.utils.get_total_norm(gradients)
             square = (total.full_tensor() if isinstance(total, DTensor) else total) ** 2
         else:
             square = torch.zeros((), device=table.device)
@@ -106,7 +106,7 @@ class Parallel:
             rows = (table.grad._values() if table.grad.is_sparse else table.grad).norm() ** 2
         norm = (square + (self.sum(rows) if self.shard_items else rows)) ** 0.5
         scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in [parameter.grad for parameter in dense]:
+        for gradient in gradients:
             local(gradient).mul_(scale)
         if table.grad is not None:
             (table.grad._values() if table.grad.is_sparse else table.grad).mul_(scale)

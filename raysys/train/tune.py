@@ -25,7 +25,7 @@ from raysys.prepare.dataset import Prepared
 from raysys.train.batches import InMemory
 from raysys.train.config import TrainConfig, dotted_names, with_data_defaults
 from raysys.train.encoder import train_encoder
-from raysys.train.parts import Parts, new_encoder, validation
+from raysys.train.parts import Judged, Parts, new_encoder, validation
 
 BEST, TRIALS = "best.yaml", "trials.json"
 DEFAULT_SEARCH: dict[str, dict] = {
@@ -233,7 +233,7 @@ def _trial(parameters: dict, *, prepared_uri: str, candidates: list[TrainConfig]
         seed=settings.seed,
         device="cuda" if settings.scaling.use_gpu and torch.cuda.is_available() else "cpu",
         on_epoch=on_epoch,
-        validate=validation(parts, settings, prepared.num_items),
+        validate=validation(Judged.of(parts, settings, prepared.num_items)),
     )
 
 
