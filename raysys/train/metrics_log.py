@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysys import storage
-from raysys.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,8 @@ class LoggingConfig:
             storage.is_local(self.tensorboard) and os.path.isabs(storage.resolve(self.tensorboard)[1])
         ):
             raise ValueError(f"expected an absolute folder for tensorboard, got {self.tensorboard!r}")
+        if self.mlflow is not None and importlib.util.find_spec("mlflow") is None:
+            raise ValueError("mlflow is set, but the mlflow package is not installed; install it here and on the workers, or leave it out")
 
 
 class MetricsLog:
@@ -42,9 +43,6 @@ class MetricsLog:
         run: name of the training run.
         stage: of the training.
         rank: this worker.
-
-    Raises:
-        ConfigError: MLflow is configured and not installed.
     """
 
     def __init__(self, config: LoggingConfig, run: str, stage: str, rank: int):
@@ -57,8 +55,6 @@ class MetricsLog:
             folder = storage.resolve(config.tensorboard)[1]
             self.writer = SummaryWriter(os.path.join(folder, run, stage.replace(" ", "-")))
         if config.mlflow is not None:
-            if importlib.util.find_spec("mlflow") is None:
-                raise ConfigError("logging.mlflow is set, but mlflow is not installed on the worker; install it there, or leave it out")
             import mlflow
 
             self.mlflow = mlflow
