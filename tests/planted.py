@@ -19,6 +19,7 @@ from raysys.models.popularity import Popularity
 from raysys.models.ranker import RankerConfig
 from raysys.pipeline import Pipeline, seen_mask
 from raysys.prepare.dataset import Sequences
+from raysys.train.batches import InMemory
 from raysys.train.encoder import EncoderTrainConfig, train_encoder
 from raysys.train.ranker import train_ranker
 
@@ -92,7 +93,7 @@ def build_bundle(seed: int = 0) -> Bundle:
     counts = np.bincount(data.items, minlength=num_items)
     torch.manual_seed(seed)
     encoder = InterestEncoder(num_items, len(EVENTS), InterestConfig(dim=32, num_layers=1, max_length=16, dropout=0.1))
-    train_encoder(encoder, data, EncoderTrainConfig(epochs=8, batch_size=32, lr=5e-3, warmup_steps=5), seed=seed)
+    train_encoder(encoder, InMemory(data), EncoderTrainConfig(epochs=8, batch_size=32, lr=5e-3, warmup_steps=5), seed=seed)
     columns = zip(table["title"].to_pylist(), table["categories"].to_pylist(), strict=True)
     models = {
         "interest": InterestRetriever.from_encoder(encoder, counts),

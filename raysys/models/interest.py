@@ -9,7 +9,9 @@ Klenitskiy & Vasilev, "Turning Dross Into Gold Loss", RecSys 2023.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,9 @@ from raysys.queries import Queries
 
 NO_EVIDENCE = -1e9
 """Score of an item without a training interaction: its vector is still random."""
+INIT_STD = 0.02
+INIT_BLOCK = 8192
+"""Rows of the item table that are drawn from one random generator."""
 
 
 @dataclass(frozen=True)
@@ -87,24 +92,26 @@ class InterestEncoder(nn.Module):
         num_items: N; row N pads.
         num_event_types: event codes of the data; a single one (besides "other") carries no information and gets no embedding.
         config: shape.
+        table: builds the item table from the seed of its rows; None for a whole one (`train/table.py` has one that is cut over workers).
     """
 
-    def __init__(self, num_items: int, num_event_types: int, config: InterestConfig):
+    items: Any
+
+    def __init__(self, num_items: int, num_event_types: int, config: InterestConfig, table: Callable[[int], nn.Module] | None = None):
         super().__init__()
         self.num_items, self.num_event_types, self.config = num_items, num_event_types, config
-        self.items = nn.Embedding(num_items + 1, config.dim, padding_idx=num_items)
+        rows_seed = int(torch.randint(2**31, ()).item())
+        self.items = table(rows_seed) if table is not None else whole_table(num_items, config.dim, rows_seed)
         self.positions = nn.Embedding(config.max_length, config.dim)
         self.events = nn.Embedding(num_event_types, config.dim) if num_event_types > 2 else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, (nn.Linear, nn.Embedding)) and module is not self.items:
+                nn.init.trunc_normal_(module.weight, std=INIT_STD)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            self.items.weight[num_items].zero_()
 
     def forward(self, items_BT: Tensor, events_BT: Tensor) -> Tensor:
         """States after each position.
@@ -125,10 +132,50 @@ class InterestEncoder(nn.Module):
         x_BTD = self.norm(x_BTD)
         return F.normalize(x_BTD, dim=-1) / self.config.temperature if self.config.temperature else x_BTD
 
-    def item_vectors(self) -> Tensor:
-        """(N, D) vectors whose dot product with a state is a logit; tied to the input embedding."""
-        vectors_ND = self.items.weight[: self.num_items]
-        return F.normalize(vectors_ND, dim=-1) if self.config.temperature else vectors_ND
+    def item_vectors(self, rows: Tensor | None = None) -> Tensor:
+        """Vectors whose dot product with a state is a logit; tied to the input embedding.
+
+        Args:
+            rows: (...,) int64 rows of the table; None for all items. Of a table that is cut over workers, its local rows.
+
+        Returns:
+            (..., D) float32.
+        """
+        weight = self.items.weight
+        vectors = weight[: self.num_items] if rows is None else F.embedding(rows, weight, sparse=self.items.sparse)
+        return F.normalize(vectors, dim=-1) if self.config.temperature else vectors
+
+
+def whole_table(num_items: int, dim: int, seed: int) -> nn.Embedding:
+    """An untrained table of all items and the row of padding, which is zero."""
+    rows = torch.cat([initial_rows(0, num_items, dim, seed), torch.zeros(1, dim)])
+    return nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=num_items)
+
+
+def initial_rows(first: int, stop: int, dim: int, seed: int) -> Tensor:
+    """(stop - first, D) float32 untrained rows, the same however the table is cut and whoever draws them."""
+    rows = torch.empty(stop - first, dim)
+    for block in range(first // INIT_BLOCK, -(-stop // INIT_BLOCK)):
+        start = block * INIT_BLOCK
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
+        drawn = nn.init.trunc_normal_(torch.empty(INIT_BLOCK, dim), std=INIT_STD, generator=generator)
+        low, high = max(first, start), min(stop, start + INIT_BLOCK)
+        rows[low - first : high - first] = drawn[low - start : high - start]
+    return rows
+
+
+@torch.no_grad()
+def user_states(encoder: InterestEncoder, queries: Queries) -> Tensor:
+    """(B, D) float32 state after the last event, on the encoder's device; zero for an empty history."""
+    items_BT, events_BT, lengths = left_aligned(queries, encoder.config.max_length, encoder.num_items)
+    filled = np.flatnonzero(lengths)
+    device = encoder.items.weight.device
+    states_BD = torch.zeros(len(queries), encoder.config.dim, device=device)
+    if len(filled):
+        states = encoder(torch.from_numpy(items_BT[filled]).to(device), torch.from_numpy(events_BT[filled]).to(device))
+        last = torch.from_numpy(lengths[filled] - 1).to(device)
+        states_BD[torch.from_numpy(filled).to(device)] = states[torch.arange(len(filled), device=device), last]
+    return states_BD
 
 
 class InterestRetriever:
@@ -154,14 +201,7 @@ class InterestRetriever:
 
     def user_vectors(self, queries: Queries) -> np.ndarray:
         """(B, D) float32 state after the last event; zero for an empty history."""
-        items_BT, events_BT, lengths = left_aligned(queries, self.encoder.config.max_length, self.encoder.num_items)
-        filled = np.flatnonzero(lengths)
-        vectors = np.zeros((len(queries), self.encoder.config.dim), np.float32)
-        if len(filled):
-            with torch.inference_mode():
-                states = self.encoder(torch.from_numpy(items_BT[filled]), torch.from_numpy(events_BT[filled]))
-            vectors[filled] = states.numpy()[np.arange(len(filled)), lengths[filled] - 1]
-        return vectors
+        return user_states(self.encoder, queries).numpy()
 
     def scores(self, queries: Queries) -> np.ndarray:
         """(B, N) float32 logits; all zero for an empty history, NO_EVIDENCE for items never interacted with."""

@@ -20,6 +20,7 @@ from raysys.online.config import OnlineConfig
 from raysys.online.feed import Fresh, sampled_histories
 from raysys.pipeline import Pipeline, seen_mask
 from raysys.prepare.dataset import Sequences
+from raysys.train.batches import InMemory
 from raysys.train.encoder import EncoderTrainConfig, train_encoder
 
 K = 10
@@ -109,7 +110,7 @@ def _fine_tuned(
     copy = InterestRetriever.from_arrays(*retriever.to_arrays())
     # No running average: over the few steps of a round it would keep the old weights and learn next to nothing.
     settings = EncoderTrainConfig(epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, warmup_steps=0, ema=0.0)
-    train_encoder(copy.encoder, _together(sequences, replay), settings, seed=seed)
+    train_encoder(copy.encoder, InMemory(_together(sequences, replay)), settings, seed=seed)
     warm = copy.warm.copy()
     warm[sequences.items[new]] = True
     return InterestRetriever(copy.encoder, warm)

@@ -165,22 +165,26 @@ class Prepared:
 
     def sequences(self) -> Sequences:
         """All sequences in memory, ordered by user_idx."""
-        table = storage.read_table(storage.join(self.uri, SEQUENCES)).sort_by("user_idx")
-        columns = {name: table[name].combine_chunks() for name in table.column_names}
-        lists = columns["item_idx"]
-        lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
-        offsets = lists.offsets.to_numpy().astype(np.int64)
+        return to_sequences(storage.read_table(storage.join(self.uri, SEQUENCES)).sort_by("user_idx"))
 
-        def flat(name: str) -> np.ndarray:
-            return columns[name].flatten().to_numpy(zero_copy_only=False)
 
-        return Sequences(
-            columns["user_idx"].to_numpy(),
-            offsets - offsets[0],
-            flat("item_idx"),
-            flat("event"),
-            flat("timestamp"),
-            flat("value"),
-            flat("positive").astype(bool),
-            flat("split"),
-        )
+def to_sequences(table: pa.Table) -> Sequences:
+    """Rows of SEQUENCE_SCHEMA as flat arrays."""
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    lists = columns["item_idx"]
+    lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+
+    def flat(name: str) -> np.ndarray:
+        return columns[name].flatten().to_numpy(zero_copy_only=False)
+
+    return Sequences(
+        columns["user_idx"].to_numpy(),
+        offsets - offsets[0],
+        flat("item_idx"),
+        flat("event"),
+        flat("timestamp"),
+        flat("value"),
+        flat("positive").astype(bool),
+        flat("split"),
+    )

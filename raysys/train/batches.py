@@ -1,10 +1,16 @@
 """Batches of user sequences with little padding: windows, sorted by length in buckets.
 
-Legend: B sequences, T positions.
+A pool is what is shuffled together: all of the data where it is in memory
+(`InMemory`), some fragments of it where it is streamed (`stream.py`). A global
+batch is determined by (seed, epoch, pool, index), never by who asks for it, so
+any number of workers takes the same steps.
+
+Legend: B sequences, T positions, W windows, G global batches.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -21,13 +27,102 @@ class Batch:
     Attributes:
         items, events: (B, T) int64; items padded with the number of items.
         targets: (B, T) int64 next item, -1 where there is none.
-        num_targets: real targets in the whole global batch, over all ranks.
     """
 
     items: np.ndarray
     events: np.ndarray
     targets: np.ndarray
-    num_targets: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The share of one rank in some global batches.
+
+    Attributes:
+        items: (E,) int32. events: (E,) int8. Histories, flat.
+        start, stop: (W,) int64 flat positions of this rank's windows, batch by batch.
+        first: (G+1,) int64; batch g has the windows `first[g]:first[g+1]`.
+        num_targets: (G,) int64 targets of the whole global batch, over all ranks.
+    """
+
+    items: np.ndarray
+    events: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    first: np.ndarray
+    num_targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.num_targets)
+
+    def batch(self, index: int, padding: int, parts: int = 1) -> list[Batch]:
+        """One global batch's share, cut into `parts` for gradient accumulation.
+
+        Args:
+            index: of the batch in [0, G).
+            padding: item row of padding.
+            parts: batches that together are the share; some may be empty.
+        """
+        share = slice(self.first[index], self.first[index + 1])
+        start, stop = self.start[share], self.stop[share]
+        # Every parts-th one: neighbours have like lengths, so that the parts are alike too.
+        return [_pad(self, start[part::parts], stop[part::parts], padding) for part in range(parts)]
+
+    def compact(self) -> "Pool":
+        """The same with nothing but this rank's windows, to be sent from where pools are cut to where they are used."""
+        lengths = self.stop - self.start
+        stop = np.cumsum(lengths)
+        start = stop - lengths
+        take = np.arange(lengths.sum()) + np.repeat(self.start - start, lengths)
+        return Pool(self.items[take], self.events[take], start, stop, self.first, self.num_targets)
+
+
+class Source(Protocol):
+    """Where training histories come from."""
+
+    def pools(
+        self, *, max_length: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
+    ) -> Iterator[Pool]:
+        """One epoch's pools from number `first` on; the same arguments give the same batches.
+
+        Args:
+            max_length: inputs a window.
+            batch_size: windows a global batch.
+            seed: of order and cuts.
+            epoch: another one is another order.
+            rank: this worker.
+            world_size: number of workers; together they get what one would.
+            first: pools to leave out at the start, where training goes on in the middle of an epoch.
+        """
+        ...
+
+    def num_windows(self, max_length: int) -> int:
+        """About how many windows an epoch has."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """All histories in the worker's memory, as one pool: the cheapest source where they fit."""
+
+    sequences: Sequences
+
+    def pools(
+        self, *, max_length: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
+    ) -> Iterator[Pool]:
+        """See `Source`."""
+        if first == 0:
+            rng = pool_rng(seed, epoch, 0)
+            yield cut_pool(self.sequences, max_length=max_length, batch_size=batch_size, rng=rng, rank=rank, world_size=world_size)
+
+    def num_windows(self, max_length: int) -> int:
+        """See `Source`."""
+        return num_windows(np.diff(self.sequences.indptr), max_length)
+
+
+def pool_rng(seed: int, epoch: int, pool: int) -> np.random.Generator:
+    """What cuts and shuffles a pool."""
+    return np.random.default_rng([seed, epoch, pool])
 
 
 def windows(sequences: Sequences, max_length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -53,29 +148,12 @@ def windows(sequences: Sequences, max_length: int, rng: np.random.Generator) -> 
     return start, stop
 
 
-def batches(
-    sequences: Sequences,
-    *,
-    max_length: int,
-    batch_size: int,
-    padding: int,
-    rng: np.random.Generator,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[Batch]:
-    """One epoch in random order; each global batch is dealt out over the ranks.
+def cut_pool(
+    sequences: Sequences, *, max_length: int, batch_size: int, rng: np.random.Generator, rank: int = 0, world_size: int = 1
+) -> Pool:
+    """All windows of some histories in random order, dealt out over the ranks batch by batch.
 
-    Every rank draws the same windows in the same order (same `rng` state), so
-    `world_size` ranks together see exactly what one rank would.
-
-    Args:
-        sequences: training histories.
-        max_length: inputs a window.
-        batch_size: windows a global batch.
-        padding: item row of padding.
-        rng: consumed; seed it by (seed, epoch).
-        rank: this worker.
-        world_size: number of workers.
+    Every rank draws the same windows in the same order (same `rng` state).
     """
     start, stop = windows(sequences, max_length, rng)
     order = rng.permutation(len(start))
@@ -84,14 +162,15 @@ def batches(
         bucket = order[first : first + batch_size * BUCKET_BATCHES]
         bucket = bucket[np.argsort((stop - start)[bucket], kind="stable")]
         groups += [bucket[at : at + batch_size] for at in range(0, len(bucket), batch_size)]
-    for index in rng.permutation(len(groups)):
-        group = groups[index]
-        num_targets = int((stop[group] - start[group] - 1).sum())
-        mine = group[rank::world_size]
-        yield _pad(sequences, start[mine], stop[mine], padding, num_targets)
+    groups = [groups[index] for index in rng.permutation(len(groups))]
+    num_targets = np.array([(stop[group] - start[group] - 1).sum() for group in groups], np.int64)
+    shares = [group[rank::world_size] for group in groups]
+    mine = np.concatenate([*shares, np.zeros(0, np.int64)]).astype(np.int64)
+    first_of = np.concatenate([[0], np.cumsum([len(share) for share in shares])]).astype(np.int64)
+    return Pool(sequences.items, sequences.events, start[mine], stop[mine], first_of, num_targets)
 
 
-def _pad(sequences: Sequences, start: np.ndarray, stop: np.ndarray, padding: int, num_targets: int) -> Batch:
+def _pad(pool: Pool, start: np.ndarray, stop: np.ndarray, padding: int) -> Batch:
     lengths = stop - start - 1
     columns = np.arange(lengths.max(initial=0))
     real = columns[None, :] < lengths[:, None]
@@ -99,11 +178,10 @@ def _pad(sequences: Sequences, start: np.ndarray, stop: np.ndarray, padding: int
     items = np.full(real.shape, padding, np.int64)
     events = np.zeros(real.shape, np.int64)
     targets = np.full(real.shape, -1, np.int64)
-    items[real], events[real], targets[real] = sequences.items[take], sequences.events[take], sequences.items[take + 1]
-    return Batch(items, events, targets, num_targets)
+    items[real], events[real], targets[real] = pool.items[take], pool.events[take], pool.items[take + 1]
+    return Batch(items, events, targets)
 
 
-def num_windows(sequences: Sequences, max_length: int) -> int:
-    """About how many windows an epoch has; exact where no history is longer than `max_length`."""
-    targets = np.maximum(np.diff(sequences.indptr) - 1, 0)
-    return int(np.ceil(targets / max_length).sum())
+def num_windows(lengths: np.ndarray, max_length: int, users: np.ndarray | int = 1) -> int:
+    """About how many windows histories of these lengths have, `users` of each; exact where none is longer than `max_length`."""
+    return int((np.ceil(np.maximum(lengths - 1, 0) / max_length) * users).sum())

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,10 @@ from raysys.models.interest import InterestConfig
 from raysys.models.popularity import PopularityConfig
 from raysys.models.ranker import RankerConfig
 from raysys.train.encoder import EncoderTrainConfig
+from raysys.train.metrics_log import LoggingConfig
+
+STREAM_EVENTS = 50_000_000
+"""Training events from which histories are streamed instead of held: 13 bytes each and worker."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +26,36 @@ class ScalingConfig:
 
     workers: int = 1
     """Ray Train workers; gradients are averaged over them."""
+    min_workers: int | None = None
+    """Go on with as few workers as this when nodes are lost, and take more again when they are back; None waits for all of them."""
     use_gpu: bool = False
     """Give each worker one GPU."""
     cpus_per_worker: int | None = None
     """CPUs, and torch threads, of each worker; None gives as many as the nodes allow."""
     max_failures: int = 3
     """Restarts from the last checkpoint after a worker or node has died."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """What each worker holds of the transformer: all of it, or a part (FSDP2), for encoders that fill a GPU; fsdp needs shard_items."""
+    shard_items: bool = False
+    """Cut the item table, its gradient and its optimizer state by rows over the workers, where it does not fit into one."""
+    input: Literal["auto", "memory", "stream"] = "auto"
+    """Training histories in every worker's memory, or streamed through it by Ray Data; auto streams from 50 million events."""
+    shuffle_events: int = 4_000_000
+    """Events that are shuffled together where they are streamed; a worker holds about three times its share of them, 5 bytes each."""
 
     def __post_init__(self) -> None:
         if self.workers < 1 or (self.cpus_per_worker is not None and self.cpus_per_worker < 1):
             raise ValueError(f"expected at least one worker with one CPU, got {self.workers} with {self.cpus_per_worker}")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ValueError(f"expected min_workers from 1 to workers ({self.workers}), got {self.min_workers}")
+        if self.strategy == "fsdp" and not self.shard_items:
+            raise ValueError("strategy fsdp cuts the transformer and leaves the item table to shard_items; set shard_items: true as well")
+        if self.shuffle_events < 1:
+            raise ValueError(f"expected shuffle_events of at least 1, got {self.shuffle_events}")
+
+    def streams(self, num_events: int) -> bool:
+        """Whether this many training events are streamed."""
+        return self.input == "stream" or (self.input == "auto" and num_events >= STREAM_EVENTS)
 
 
 @dataclass(frozen=True)
@@ -46,6 +70,7 @@ class TrainConfig:
     dot_product: DotProductConfig = field(default_factory=DotProductConfig)
     ranker: RankerConfig = field(default_factory=RankerConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     sources: list[str] = field(default_factory=lambda: ["interest", "covisit", "content", "popularity", "dot_product"])
     """Retrieval sources to train; fusion gives each its weight on validation, 0 where it does not earn its place."""
     refit_epochs: int = 8
@@ -60,6 +85,13 @@ class TrainConfig:
     """Held-out positions the ranker learns from, sampled with the seed when there are more."""
     seed: int = 0
     """Seed of everything random; `--seed` wins."""
+
+    def __post_init__(self) -> None:
+        if self.encoder.table_optimizer != "adamw" and self.scaling.workers > 1 and not self.scaling.shard_items:
+            raise ValueError(
+                f"encoder.table_optimizer {self.encoder.table_optimizer!r} works on the rows that a worker owns; "
+                f"with {self.scaling.workers} workers set scaling.shard_items: true as well"
+            )
 
 
 def load_train_config(uri: str | None, overrides: list[str]) -> tuple["TrainConfig", frozenset[str]]:

@@ -1,11 +1,11 @@
 """Training of the interest encoder: next item at every position. No Ray here.
 
-Runs alone or as one of several ranks: with `wrap` the module is put under
-DistributedDataParallel, each rank takes its share of every global batch, and
-the loss is scaled so that N ranks with B/N sequences equal one with B.
+Runs alone or as one of several ranks (`parallel.py`). Each rank takes its share
+of every global batch, and the loss is scaled so that N ranks with B/N sequences
+take the steps of one with B. A checkpoint may be taken after any step; training
+goes on from it as if it had not stopped, also on another number of ranks.
 """
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -17,12 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from raysys.models.interest import InterestEncoder
-from raysys.prepare.dataset import Sequences
-from raysys.train.batches import batches, num_windows
+from raysys.train.average import Average
+from raysys.train.batches import Batch, Pool, Source
 from raysys.train.loss import fast_dtype, full_softmax_loss, sampled_softmax_loss
-
-FINAL_LR = 0.05
-"""Learning rate at the end of training, as a share of its peak."""
+from raysys.train.optimizers import (
+    TableOptimizerName,
+    dense_optimizer,
+    dense_state,
+    load_dense_state,
+    load_table_state,
+    schedule,
+    table_optimizer,
+    table_state,
+    touched,
+)
+from raysys.train.parallel import Parallel, fill, local, whole
+from raysys.train.sharded_loss import sharded_sampled_loss, sharded_softmax_loss
+from raysys.train.table import ShardedTable
 
 
 @dataclass(frozen=True)
@@ -33,10 +44,16 @@ class EncoderTrainConfig:
     """Passes over the training sequences at most; the learning rate falls over all of them."""
     batch_size: int = 256
     """Sequences a step, over all workers."""
+    accumulate: int = 1
+    """Parts in which a worker computes its share of a step, one after the other; more needs less memory for the same gradient."""
     lr: float = 4e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.1
     """AdamW decay of all matrices, dimensionless."""
+    table_optimizer: TableOptimizerName = "adamw"
+    """Of the item table; lazy_adamw and rowwise_adagrad change only the rows that a step touches (with the sampled loss)."""
+    table_lr: float | None = None
+    """Peak learning rate of the item table; None is `lr`."""
     warmup_steps: int = 100
     """Steps of linear rise to `lr`; a cosine down to 5% of it follows."""
     ema: float = 0.99
@@ -50,7 +67,20 @@ class EncoderTrainConfig:
     validate_every: int = 2
     """Epochs between validations."""
     clip_norm: float = 1.0
-    """Gradient norm is cut to this."""
+    """Global gradient norm is cut to this."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 everywhere, nowhere, or where it was measured to pay: on GPUs, and on a CPU with AVX512-BF16 in the full softmax alone."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile; needs a C++ compiler on the workers."""
+    checkpoint_steps: int | None = None
+    """Steps between checkpoints inside an epoch; None for one after each epoch only."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "num_negatives", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.checkpoint_steps is not None and self.checkpoint_steps < 1:
+            raise ValueError(f"expected checkpoint_steps of at least 1, or null, got {self.checkpoint_steps}")
 
 
 @dataclass
@@ -68,164 +98,304 @@ class TrainResult:
     best_validation: float | None = None
 
 
+@dataclass
+class TrainState:
+    """A moment of a training, enough to go on from on any number of ranks. Holds live tensors: save it before the next step.
+
+    Attributes:
+        progress: JSON-ready: where in which epoch, history, best figures.
+        dense: whole tensors of the transformer and its optimizer, the same on all ranks.
+        rows: tensors with a row for each item in [first, stop): table, average, optimizer.
+        first, stop: items of this rank; all of them where the table is whole.
+    """
+
+    progress: dict[str, Any]
+    dense: dict[str, Tensor]
+    rows: dict[str, Tensor]
+    first: int
+    stop: int
+
+
 class _Trainee(nn.Module):
     """Encoder and loss in one module, so that DistributedDataParallel sees every parameter used."""
 
-    def __init__(self, encoder: InterestEncoder):
+    def __init__(self, encoder: InterestEncoder, config: EncoderTrainConfig, parallel: Parallel):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.parallel, self.precision = encoder, parallel, config.precision
 
     def forward(self, items: Tensor, events: Tensor, targets: Tensor, negatives: Tensor | None) -> Tensor:
+        device, encoder = items.device, self.encoder
         real = targets >= 0
-        states = self.encoder(items, events)[real]
-        if negatives is not None:
-            return sampled_softmax_loss(states, self.encoder.item_vectors(), targets[real], negatives)
-        return full_softmax_loss(states, self.encoder.item_vectors(), targets[real], dtype=fast_dtype(states.device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._autocasts(device)):
+            states = encoder(items, events)[real].float()
+        targets = targets[real]
+        dtype = fast_dtype(device) if self.precision == "auto" else getattr(torch, self.precision)
+        if not isinstance(encoder.items, ShardedTable):
+            if negatives is None:
+                return full_softmax_loss(states, encoder.item_vectors(), targets, dtype=dtype)
+            log_expected = math.log(len(negatives) / encoder.num_items)
+            positive, negative = encoder.item_vectors(targets), encoder.item_vectors(negatives)
+            return sampled_softmax_loss(states, positive, negative, targets, negatives, log_expected)
+        first, stop = encoder.items.first, encoder.items.stop
+        if negatives is None:
+            return sharded_softmax_loss(states, encoder.item_vectors(), targets, first=first, parallel=self.parallel, dtype=dtype)
+        mine = negatives[(negatives >= first) & (negatives < stop)]
+        return sharded_sampled_loss(
+            states,
+            targets,
+            mine,
+            math.log(len(negatives) / encoder.num_items),
+            vectors_of=encoder.item_vectors,
+            first=first,
+            stop=stop,
+            parallel=self.parallel,
+        )
+
+    def _autocasts(self, device: torch.device) -> bool:
+        if self.precision == "auto":
+            return device.type == "cuda" and fast_dtype(device) == torch.bfloat16
+        return self.precision == "bfloat16"
 
 
-def train_encoder(
-    encoder: InterestEncoder,
-    sequences: Sequences,
-    config: EncoderTrainConfig,
-    *,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    wrap: Callable[[nn.Module], nn.Module] | None = None,
-    device: torch.device | str = "cpu",
-    on_epoch: Callable[[dict], None] | None = None,
-    resume: dict | None = None,
-    deadline: float | None = None,
-    validate: Callable[[InterestEncoder], float] | None = None,
-) -> TrainResult:
-    """Train in place; the encoder ends with the weights of its best validation.
+class EncoderTraining:
+    """One training of an encoder, in place; `run` ends with the weights of the best validation.
 
     Args:
-        encoder: changed in place.
-        sequences: the part to learn from, nothing else.
+        encoder: changed in place; with a `ShardedTable` where `parallel` cuts the items.
+        source: the part to learn from, nothing else.
         config: see `EncoderTrainConfig`.
         seed: of order, windows, negatives and dropout.
-        rank: this worker.
-        world_size: number of workers.
-        wrap: puts the module under DistributedDataParallel; None for one process.
+        parallel: this rank among those that train together.
         device: where the encoder runs.
-        on_epoch: called after each epoch with the state `resume` takes; it holds live tensors, so save it before returning.
-        resume: a state from `on_epoch`; training goes on as if it had not stopped.
         deadline: `time.time()` by which to end; the learning rate falls over the epochs that fit (at least one is run),
             so a result under a deadline depends on the speed of the machine.
         validate: figure to maximise, called on every rank (rank 0's answer decides); None keeps the last weights.
+        on_epoch: called after each epoch with its entry of the history.
+        on_checkpoint: called with a state after each epoch, and every `checkpoint_steps`; on every rank.
+        on_step: called on every rank after each step with {loss, lr, gradient_norm} as tensors or numbers, and the step's number.
     """
-    encoder.to(device)
-    trainee = _Trainee(encoder)
-    module = wrap(trainee) if wrap is not None else trainee
-    optimizer = _optimizer(module, config)
-    kept = copy.deepcopy(encoder).eval() if config.ema else encoder
-    result, best, stale, step = TrainResult(), None, 0, 0
-    if resume is not None:
-        encoder.load_state_dict(resume["model"])
-        kept.load_state_dict(resume["kept"])
-        optimizer.load_state_dict(resume["optimizer"])
-        result = TrainResult(list(resume["history"]), resume["best_epoch"], resume["best_validation"])
-        best, stale, step = resume["best"], resume["stale"], resume["step"]
-    steps_per_epoch = max(1, math.ceil(num_windows(sequences, encoder.config.max_length) / config.batch_size))
-    for epoch in range(len(result.history) + 1, config.epochs + 1):
-        # Decisions to stop must be the same on every rank, or the others wait in a collective for ever.
-        epochs_left = int(_agreed(_epochs_that_fit(config.epochs - epoch + 1, result.history, deadline), world_size, device))
-        if epochs_left == 0 or stale >= config.patience:
-            break
+
+    def __init__(
+        self,
+        encoder: InterestEncoder,
+        source: Source,
+        config: EncoderTrainConfig,
+        *,
+        seed: int,
+        parallel: Parallel | None = None,
+        device: torch.device | str = "cpu",
+        deadline: float | None = None,
+        validate: Callable[[InterestEncoder], float] | None = None,
+        on_epoch: Callable[[dict], None] | None = None,
+        on_checkpoint: Callable[[TrainState], None] | None = None,
+        on_step: Callable[[dict, int], None] | None = None,
+    ):
+        self.encoder, self.source, self.config, self.seed = encoder.to(device), source, config, seed
+        self.parallel, self.device, self.deadline = parallel or Parallel(), device, deadline
+        self.validate, self.on_epoch, self.on_checkpoint, self.on_step = validate, on_epoch, on_checkpoint, on_step
+        table = encoder.items
+        self.table: nn.Parameter = table.weight
+        table.sparse = config.table_optimizer != "adamw" and config.loss == "sampled"
+        if config.compile:
+            for block in encoder.blocks:
+                block.compile(dynamic=True)
+        self.module = self.parallel.wrap(_Trainee(encoder, config, self.parallel), self.table)
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in encoder.named_parameters() if parameter is not self.table}
+        self.optimizer = dense_optimizer(self.module, self.table, lr=config.lr, weight_decay=config.weight_decay)
+        table_lr = config.lr if config.table_lr is None else config.table_lr
+        self.table_optimizer = table_optimizer(config.table_optimizer, self.table, lr=table_lr, weight_decay=config.weight_decay)
+        self.peaks = [(group, group["lr"]) for group in self.optimizer.param_groups + self.table_optimizer.param_groups]
+        self.average = Average({name: parameter for parameter, name in self.names.items()}, self.table, config.ema)
+        self.best: tuple[dict[str, Tensor], Tensor] | None = None
+        self.result, self.step, self.stale = TrainResult(), 0, 0
+        self.pool, self.batch = 0, 0  # next ones of the epoch
+        self.loss_sum, self.num_targets, self.seconds = 0.0, 0, 0.0
+
+    def run(self) -> TrainResult:
+        """All epochs that are left."""
+        config, result = self.config, self.result
+        windows = self.source.num_windows(self.encoder.config.max_length)
+        steps_per_epoch = max(1, math.ceil(windows / config.batch_size))
+        for epoch in range(len(result.history) + 1, config.epochs + 1):
+            fit = _epochs_that_fit(config.epochs - epoch + 1, result.history, self.deadline)
+            epochs_left = int(self.parallel.of_first(fit, self.device))
+            if epochs_left == 0 or self.stale >= config.patience:
+                break
+            self._epoch(epoch, (epoch - 1 + epochs_left) * steps_per_epoch)
+            entry: dict[str, Any] = {"epoch": epoch, "loss": self.loss_sum / max(1, self.num_targets), "validation": None}
+            if self.validate is not None and (epoch % config.validate_every == 0 or epochs_left == 1):
+                started = time.time()
+                entry["validation"] = self._validated(epoch)
+                self.seconds += time.time() - started
+            entry["seconds"] = round(self.seconds, 2)
+            result.history.append(entry)
+            self.pool, self.batch, self.loss_sum, self.num_targets, self.seconds = 0, 0, 0.0, 0, 0.0
+            if self.on_epoch is not None:
+                self.on_epoch(entry)
+            if self.on_checkpoint is not None:
+                self.on_checkpoint(self.state())
+        self._keep_best()
+        return result
+
+    def _epoch(self, epoch: int, total_steps: int) -> None:
+        self.module.train()
         started = time.time()
-        torch.manual_seed((seed * 100_003 + epoch) * 1009 + rank)  # dropout differs by rank
-        shared = np.random.default_rng([seed, epoch])
-        module.train()
-        loss_sum, num_targets = torch.zeros((), device=device), 0
-        for batch in batches(
-            sequences,
-            max_length=encoder.config.max_length,
-            batch_size=config.batch_size,
-            padding=encoder.num_items,
-            rng=shared,
-            rank=rank,
-            world_size=world_size,
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * _schedule(step, config, (epoch - 1 + epochs_left) * steps_per_epoch)
-            negatives = None
-            if config.loss == "sampled":
-                negatives = torch.from_numpy(shared.integers(0, encoder.num_items, config.num_negatives)).to(device)
-            tensors = (torch.from_numpy(array).to(device) for array in (batch.items, batch.events, batch.targets))
-            total = module(*tensors, negatives)
-            optimizer.zero_grad(set_to_none=True)
-            # DistributedDataParallel averages over ranks; times world_size that is the sum over all targets of the global batch.
-            (total * (world_size / batch.num_targets)).backward()
-            nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
-            optimizer.step()
-            step += 1
-            if kept is not encoder:
-                _average(kept, encoder, min(config.ema, step / (step + 10)))
-            loss_sum += total.detach()
-            num_targets += batch.num_targets
-        entry: dict[str, Any] = {"epoch": epoch, "loss": float(loss_sum) * world_size / max(1, num_targets), "validation": None}
-        if validate is not None and (epoch % config.validate_every == 0 or epochs_left == 1):
-            kept.eval()
-            entry["validation"] = figure = _agreed(float(validate(kept)), world_size, device)
-            if result.best_validation is None or figure > result.best_validation:
-                result.best_validation, result.best_epoch, stale = figure, epoch, 0
-                best = copy.deepcopy(kept.state_dict())
-            else:
-                stale += 1
-        entry["seconds"] = round(time.time() - started, 2)
-        result.history.append(entry)
-        if on_epoch is not None:
-            on_epoch(
-                {
-                    "model": encoder.state_dict(),
-                    "kept": kept.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "history": result.history,
-                    "best_epoch": result.best_epoch,
-                    "best_validation": result.best_validation,
-                    "best": best,
-                    "stale": stale,
-                    "step": step,
-                }
-            )
-    encoder.load_state_dict(kept.state_dict() if best is None else best)
-    if best is None and result.history:
-        result.best_epoch = result.history[-1]["epoch"]
-    encoder.eval()
-    return result
+        on_device = torch.zeros((), dtype=torch.float64, device=self.device)
+        pools = self.source.pools(
+            max_length=self.encoder.config.max_length,
+            batch_size=self.config.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            rank=self.parallel.rank,
+            world_size=self.parallel.world_size,
+            first=self.pool,
+        )
+        for pool in pools:
+            for index in range(self.batch, len(pool)):
+                for group, peak in self.peaks:
+                    group["lr"] = peak * schedule(self.step, self.config.warmup_steps, total_steps)
+                on_device += self._step(pool, index, [self.seed, epoch, self.pool, index])
+                self.num_targets += int(pool.num_targets[index])
+                self.batch = index + 1
+                every = self.config.checkpoint_steps
+                if every and self.step % every == 0 and self.on_checkpoint is not None:
+                    self.loss_sum += float(self.parallel.sum(on_device))
+                    on_device.zero_()
+                    self.seconds, started = self.seconds + time.time() - started, time.time()
+                    self.on_checkpoint(self.state())
+            self.pool, self.batch = self.pool + 1, 0
+        self.loss_sum += float(self.parallel.sum(on_device))
+        self.seconds += time.time() - started
+
+    def _step(self, pool: Pool, index: int, where: list[int]) -> Tensor:
+        """One optimizer step on one global batch; this rank's summed loss before it."""
+        config, encoder = self.config, self.encoder
+        torch.manual_seed(int(np.random.SeedSequence([*where, self.parallel.rank]).generate_state(1)[0]))  # dropout differs by rank
+        negatives = None
+        if config.loss == "sampled":
+            # The same on every rank.
+            drawn = np.random.default_rng(where).integers(0, encoder.num_items, config.num_negatives)
+            negatives = torch.from_numpy(drawn).to(self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.table_optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        # Averaging gradients divides by the ranks; times their number that is the sum over all targets of the global batch.
+        scale = self.parallel.world_size / pool.num_targets[index]
+        parts = pool.batch(index, encoder.num_items, config.accumulate)
+        for part, batch in enumerate(parts):
+            with self.parallel.accumulating(self.module, last=part == len(parts) - 1):
+                loss = self.module(*self._tensors(batch), negatives)
+                (loss * scale).backward()
+            total += loss.detach()
+        norm = self.parallel.clip(self.names, self.table, config.clip_norm)
+        rows = touched(self.table)[0] if self.table.grad is not None and self.table.grad.is_sparse else None
+        self.average.before_step(rows)
+        self.optimizer.step()
+        self.table_optimizer.step()
+        self.step += 1
+        self.average.after_step(self.step, rows)
+        if self.on_step is not None:
+            # This rank's loss, as a mean over the targets of one rank: adding up over ranks would cost an exchange a step.
+            self.on_step({"loss": total * scale, "lr": self.peaks[0][0]["lr"], "gradient_norm": norm}, self.step)
+        return total
+
+    def _tensors(self, batch: Batch) -> list[Tensor]:
+        return [torch.from_numpy(array).to(self.device, non_blocking=True) for array in (batch.items, batch.events, batch.targets)]
+
+    def _validated(self, epoch: int) -> float:
+        assert self.validate is not None
+        self.module.eval()
+        with self.average.in_place():
+            figure = self.parallel.of_first(float(self.validate(self.encoder)), self.device)
+        if self.result.best_validation is None or figure > self.result.best_validation:
+            self.result.best_validation, self.result.best_epoch, self.stale = figure, epoch, 0
+            dense = {name: tensor.detach().clone() for name, tensor in self.average.dense.items()}
+            self.best = dense, self.average.rows.detach().clone()
+        else:
+            self.stale += 1
+        return figure
+
+    @torch.no_grad()
+    def _keep_best(self) -> None:
+        self.average.settle()
+        dense, rows = self.best if self.best is not None else (self.average.dense, self.average.rows)
+        for parameter, name in self.names.items():
+            local(parameter).copy_(local(dense[name]))
+        self.table.copy_(rows)
+        if self.best is None and self.result.history:
+            self.result.best_epoch = self.result.history[-1]["epoch"]
+        self.encoder.items.sparse = False
+        self.encoder.eval()
+        for block in self.encoder.blocks:
+            block._compiled_call_impl = None
+
+    def state(self) -> TrainState:
+        """This moment; every rank must call."""
+        self.average.settle()
+        progress = {
+            "history": self.result.history,
+            "best_epoch": self.result.best_epoch,
+            "best_validation": self.result.best_validation,
+            **{name: getattr(self, name) for name in ("step", "stale", "pool", "batch", "loss_sum", "num_targets", "seconds")},
+        }
+        by_row, shared = table_state(self.table_optimizer, self.table)
+        dense = {f"model/{name}": whole(parameter.detach()) for parameter, name in self.names.items()}
+        dense |= {f"optimizer/{name}": tensor for name, tensor in dense_state(self.optimizer, self.names).items()}
+        dense |= {f"table/{name}": tensor for name, tensor in shared.items()}
+        rows = {"items": self.table.detach(), **{f"optimizer/{name}": tensor for name, tensor in by_row.items()}}
+        if self.config.ema:
+            dense |= {f"kept/{name}": whole(tensor) for name, tensor in self.average.dense.items()}
+            rows["kept"] = self.average.rows
+        if self.best is not None:
+            dense |= {f"best/{name}": whole(tensor) for name, tensor in self.best[0].items()}
+            rows["best"] = self.best[1]
+        first, stop = self.parallel.rows(self.encoder.num_items)
+        return TrainState(progress, dense, {name: tensor[: stop - first] for name, tensor in rows.items()}, first, stop)
+
+    @torch.no_grad()
+    def resume(self, state: TrainState) -> None:
+        """Go on from a state whose rows are those that this rank holds now."""
+        progress = state.progress
+        self.result = TrainResult(list(progress["history"]), progress["best_epoch"], progress["best_validation"])
+        for name in ("step", "stale", "pool", "batch", "loss_sum", "num_targets", "seconds"):
+            setattr(self, name, progress[name])
+
+        def padded(rows: Tensor) -> Tensor:
+            extra = len(self.table) - len(rows)  # the row of padding, which is in no checkpoint
+            return torch.cat([rows.to(self.table.device), rows.new_zeros(extra, *rows.shape[1:]).to(self.table.device)]) if extra else rows
+
+        self.table.copy_(padded(state.rows["items"]))
+        for parameter, name in self.names.items():
+            fill(parameter, state.dense[f"model/{name}"])
+        load_dense_state(self.optimizer, self.names, _under(state.dense, "optimizer/"))
+        by_row = {name: padded(tensor) for name, tensor in _under(state.rows, "optimizer/").items()}
+        load_table_state(self.table_optimizer, self.table, by_row, _under(state.dense, "table/"))
+        if self.config.ema:
+            self.average.rows.copy_(padded(state.rows["kept"]))
+            for name, tensor in self.average.dense.items():
+                fill(tensor, state.dense[f"kept/{name}"])
+        if "best" in state.rows:
+            dense = {name: tensor.detach().clone() for name, tensor in self.average.dense.items()}
+            for name, tensor in dense.items():
+                fill(tensor, state.dense[f"best/{name}"])
+            self.best = dense, padded(state.rows["best"]).to(self.device, copy=True)
 
 
-def _optimizer(module: nn.Module, config: EncoderTrainConfig) -> torch.optim.Optimizer:
-    matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in module.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+def train_encoder(
+    encoder: InterestEncoder, source: Source, config: EncoderTrainConfig, *, resume: TrainState | None = None, **options: Any
+) -> TrainResult:
+    """Train in place, from the start or from a state; see `EncoderTraining` for the other arguments."""
+    training = EncoderTraining(encoder, source, config, **options)
+    if resume is not None:
+        training.resume(resume)
+    return training.run()
 
 
-def _schedule(step: int, config: EncoderTrainConfig, total: int) -> float:
-    """Learning rate as a share of its peak: linear warm-up, then half a cosine down to FINAL_LR."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
-    return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@torch.no_grad()
-def _average(kept: nn.Module, current: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(kept.parameters()), list(current.parameters()), 1 - decay)
+def _under(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in values.items() if name.startswith(prefix)}
 
 
 def _epochs_that_fit(wanted: int, history: list[dict], deadline: float | None) -> float:
     if deadline is None or not history:
         return wanted
     return max(0, min(wanted, int((deadline - time.time()) / np.median([entry["seconds"] for entry in history]))))
-
-
-def _agreed(value: float, world_size: int, device: torch.device | str) -> float:
-    """Rank 0's value on every rank."""
-    if world_size == 1:
-        return value
-    shared = torch.tensor([value], dtype=torch.float64, device=device)
-    torch.distributed.broadcast(shared, src=0)
-    return float(shared.item())

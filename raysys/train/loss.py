@@ -4,7 +4,6 @@ Legend: P positions, N items, D dimension, S sampled negatives.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -62,7 +61,7 @@ def full_softmax_loss(
 
 
 def sampled_softmax_loss(
-    states_PD: Tensor, vectors_ND: Tensor, targets_P: Tensor, negatives_S: Tensor, log_q_N: Tensor | None = None
+    states_PD: Tensor, positive_PD: Tensor, negative_SD: Tensor, targets_P: Tensor, negatives_S: Tensor, log_expected: Tensor | float
 ) -> Tensor:
     """Summed cross-entropy over the target and shared sampled negatives, in nats.
 
@@ -72,22 +71,25 @@ def sampled_softmax_loss(
 
     Args:
         states_PD: (P, D) float32.
-        vectors_ND: (N, D) float32.
+        positive_PD: (P, D) float32 vectors of the targets.
+        negative_SD: (S, D) float32 vectors of the negatives.
         targets_P: (P,) int64.
         negatives_S: (S,) int64 rows, drawn with replacement once for all positions.
-        log_q_N: (N,) float32 log-probability of an item in one draw; None where it is uniform.
+        log_expected: scalar or (S,) float32, log of how often each negative is expected among the S draws, `log(S q)`.
 
     Source:
         Bengio & Senecal, "Adaptive importance sampling to accelerate training of a neural probabilistic language model",
         IEEE TNN 2008; Yi et al., "Sampling-bias-corrected neural modeling", RecSys 2019.
     """
-    num_items, num_negatives = len(vectors_ND), len(negatives_S)
-    log_q_S = vectors_ND.new_full((num_negatives,), num_items).log().neg() if log_q_N is None else log_q_N[negatives_S]
-    positive = (states_PD * vectors_ND[targets_P]).sum(dim=1, keepdim=True)
-    negative = states_PD @ vectors_ND[negatives_S].T - log_q_S - vectors_ND.new_tensor(float(num_negatives)).log()
-    negative = negative.masked_fill(negatives_S[None, :] == targets_P[:, None], float("-inf"))
-    logits = torch.cat([positive, negative], dim=1)
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device), reduction="sum")
+    positive = (states_PD * positive_PD).sum(dim=1, keepdim=True)
+    negative = negative_logits(states_PD, negative_SD, targets_P, negatives_S, log_expected)
+    return (torch.logsumexp(torch.cat([positive, negative], dim=1), dim=1, keepdim=True) - positive).sum()
+
+
+def negative_logits(states_PD: Tensor, negative_SD: Tensor, targets_P: Tensor, negatives_S: Tensor, log_expected: Tensor | float) -> Tensor:
+    """(P, S) logits of shared negatives with logQ correction, -inf at accidental hits; see `sampled_softmax_loss`."""
+    logits = states_PD @ negative_SD.T - log_expected
+    return logits.masked_fill(negatives_S[None, :] == targets_P[:, None], float("-inf"))
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:

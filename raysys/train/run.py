@@ -25,6 +25,7 @@ from raysys.prepare.dataset import Prepared
 from raysys.train.config import TrainConfig, with_data_defaults
 from raysys.train.progress import printed_progress
 from raysys.train.stages import PARTS, Plan, run_stages
+from raysys.train.stream import Survey
 
 Rows = list[tuple[str, str]]
 
@@ -69,15 +70,20 @@ def train(
     counts = prepared.manifest["counts"]
     if counts["train"] < 2:
         raise SchemaError(f"{prepared_uri}: expected at least two training events, found {counts['train']}; prepare more data")
-    settings = with_data_defaults(settings, given, np.diff(prepared.sequences().train().indptr), prepared.num_items)
+    survey = Survey.of(prepared) if settings.scaling.streams(counts["train"]) else None
+    lengths = np.diff(prepared.sequences().train().indptr) if survey is None else survey.lengths
+    settings = with_data_defaults(settings, given, lengths, prepared.num_items)
     workers, cpus = _resources(settings)
     work = f"{out.rstrip('/')}.work"
+    name = _run_name(prepared, settings, fit)
     plan = Plan(
         prepared_uri=prepared_uri,
         settings=settings,
         fit=fit,
         threads=cpus,
         deadline=None if time_budget_s is None else started + 0.9 * time_budget_s,
+        run=name,
+        survey=survey,
     )
     say = (lambda line: None) if quiet else (lambda line: print(f"      {line}", flush=True))
     with printed_progress(say) as board:
@@ -85,9 +91,13 @@ def train(
             run_stages,
             train_loop_config={"plan": plan, "board": board},
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if settings.scaling.use_gpu and workers > 1 else "gloo"),
-            scaling_config=RayScalingConfig(num_workers=workers, use_gpu=settings.scaling.use_gpu, resources_per_worker={"CPU": cpus}),
+            scaling_config=RayScalingConfig(
+                num_workers=_elastic(settings),  # type: ignore[arg-type]  # Ray Train takes a pair, its common signature does not say so
+                use_gpu=settings.scaling.use_gpu,
+                resources_per_worker={"CPU": cpus},
+            ),
             run_config=RunConfig(
-                name=_run_name(prepared, settings, fit),
+                name=name,
                 storage_path=work,
                 failure_config=FailureConfig(max_failures=settings.scaling.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
@@ -126,10 +136,15 @@ def _resources(settings: TrainConfig) -> tuple[int, int]:
     return scaling.workers, cpus
 
 
+def _elastic(settings: TrainConfig) -> int | tuple[int, int]:
+    scaling = settings.scaling
+    return scaling.workers if scaling.min_workers is None else (scaling.min_workers, scaling.workers)
+
+
 def _run_name(prepared: Prepared, settings: TrainConfig, fit: str) -> str:
     """Same data and settings, same name: that is what lets a second call continue the first."""
-    # The worker count is left out: a run may continue on another number of workers.
-    values = {**config.to_dict(settings), "scaling": None, "fit": fit, "data": prepared.manifest["fingerprint"]}
+    # Left out: a run may continue on another number of workers, and be watched differently.
+    values = {**config.to_dict(settings), "scaling": None, "logging": None, "fit": fit, "data": prepared.manifest["fingerprint"]}
     return "train-" + hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

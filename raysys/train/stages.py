@@ -12,13 +12,12 @@ that it is then judged by: see `Parts` and the `leakage` entry of the manifest.
 """
 
 import dataclasses
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,11 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train import CheckpointUploadMode
 from safetensors.numpy import save as save_arrays
 
 from raysys import storage
-from raysys.bundle import Bundle, Histories
+from raysys.bundle import Bundle, Histories, load_model
 from raysys.features.text import TextEncoder, item_text
 from raysys.models.base import Candidates
 from raysys.models.content import ContentNeighbours
@@ -41,13 +41,18 @@ from raysys.models.popularity import Popularity
 from raysys.pipeline import Pipeline, mix_scores, seen_mask
 from raysys.prepare.dataset import Prepared, Sequences
 from raysys.queries import Queries
-from raysys.schema import UNKNOWN_ITEM
+from raysys.train.batches import InMemory, Source
+from raysys.train.checkpoint import Saved, read_rows, read_state, write_rows, write_state
 from raysys.train.config import TrainConfig
-from raysys.train.encoder import EncoderTrainConfig, TrainResult, train_encoder
-from raysys.train.parts import MAX_HISTORY, Parts, chunks, new_encoder, sample, validation
+from raysys.train.encoder import EncoderTrainConfig, EncoderTraining, TrainResult, TrainState
+from raysys.train.metrics_log import MetricsLog
+from raysys.train.parallel import Parallel, whole
+from raysys.train.parts import MAX_HISTORY, Judged, Parts, chunks, new_encoder, sample, validation
 from raysys.train.ranker import Logged, train_ranker
+from raysys.train.stream import Streamed, Survey, streamed_judged
+from raysys.train.table import ShardedTable, gathered
 
-STATE, PARTS = "state.pt", "parts.json"
+PARTS = "parts.json"
 RANKER_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 MAX_CHOICE_SCORES = 40_000_000
 """Validation queries times items looked at when fusion is chosen; bounds memory."""
@@ -55,13 +60,25 @@ MAX_CHOICE_SCORES = 40_000_000
 
 @dataclass(frozen=True)
 class Plan:
-    """What the driver asks of the workers."""
+    """What the driver asks of the workers.
+
+    Attributes:
+        prepared_uri: the prepared set.
+        settings: complete ones.
+        fit: "train" or "train+valid".
+        threads: of torch, in each worker.
+        deadline: `time.time()` by which to be done, or None.
+        run: name of the run, for logs.
+        survey: of the sequences where they are streamed; None where every worker reads them.
+    """
 
     prepared_uri: str
     settings: TrainConfig
     fit: str
     threads: int
     deadline: float | None
+    run: str
+    survey: Survey | None
 
 
 def run_stages(loop: dict) -> None:
@@ -84,24 +101,35 @@ class Worker:
 
     def __init__(self, plan: Plan, rank: int, world_size: int, say: Callable[[str], Any]):
         torch.set_num_threads(plan.threads)
-        self.plan, self.settings, self.rank, self.world_size = plan, plan.settings, rank, world_size
+        self.plan, self.settings, self.rank = plan, plan.settings, rank
+        scaling = plan.settings.scaling
+        self.parallel = Parallel(rank, world_size, scaling.strategy, scaling.shard_items)
         self.say = say if rank == 0 else lambda line: None
         self.started = time.time()
         self.prepared = Prepared.open(plan.prepared_uri)
-        self.parts = Parts(self.prepared.sequences(), self.settings)
         self.num_items = self.prepared.num_items
+        self.has_validation = self.prepared.manifest["counts"]["valid"] > 0
         self.event_weights = [self.prepared.manifest["event_types"].get(name, {}).get("weight", 1.0) for name in self.prepared.events]
-        self.rng = np.random.default_rng(self.settings.seed)
         self.device = ray.train.torch.get_device()
         if self.device.type == "cuda" and not torch.cuda.is_available():
             self.say("the node has a GPU, but torch cannot use it: training on the CPU; install torch with CUDA there")
             self.device = torch.device("cpu")
-        self.state: dict[str, Any] = {"stage": "fit"}
+        self.saved = Saved({"stage": "fit"}, {}, {})
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
-                self.state = torch.load(os.path.join(folder, STATE), map_location="cpu", weights_only=True)
+                self.saved = Saved(*read_state(folder), read_rows(folder, *self.parallel.rows(self.num_items)))
             self.say(f"continuing from a checkpoint in stage {self.state['stage']}")
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the stages keep, JSON-ready."""
+        return self.saved.state
+
+    @cached_property
+    def parts(self) -> Parts:
+        """All sequences; where they are streamed only rank 0 asks for them, in the stages that it runs alone."""
+        return Parts(self.prepared.sequences(), self.settings)
 
     def run(self) -> None:
         """All stages that are left."""
@@ -115,62 +143,60 @@ class Worker:
             self._choose()
 
     def _fit(self) -> None:
-        encoder = new_encoder(self.prepared, self.settings)
-        validate = validation(self.parts, self.settings, self.num_items)
         budget = self._share(0.6)
-        self.say(f"encoder: fitting {len(self.parts.fit.items):,} events of {len(self.parts.fit):,} users, {self.num_items:,} items")
-        result = self._train(encoder, self.parts.fit, "fit", deadline=budget, validate=validate)
+        self.say(f"encoder: fitting on {self.prepared.manifest['counts']['train']:,} training events, {self.num_items:,} items")
+        if self.plan.survey is not None:
+            judged = streamed_judged(self.prepared, self.plan.survey, self.settings)
+        else:
+            judged = Judged.of(self.parts, self.settings, self.num_items)
+        result = self._train("fit", deadline=budget, validate=validation(judged, self.parallel))
         self.say(f"encoder: best ndcg@10 on validation {result.best_validation or 0:.4f} in epoch {result.best_epoch}")
-        self.state = {"stage": "rank", "encoder": encoder.state_dict(), "fit_report": _report(result)}
+        self.state.update({"stage": "rank", "fit_report": _report(result)})
         self._save()
 
     def _rank(self) -> None:
         self.state["ranker"] = None
-        if self.rank == 0:
-            pipeline = self._pipeline(self._sources(self.parts.fit, self._encoder(), content_for="fit"))
+        encoder = self._whole_encoder()
+        if encoder is not None:
+            pipeline = self._pipeline(self._sources(self.parts.fit, encoder))
             if len(self.parts.choice):
                 # Once and for all: the ranker reads the mixture's probabilities, so serving must mix as its training did.
                 pipeline.use(choose_fusion(*self._judged(pipeline))[0])
-            self.state["fusion"] = json.dumps(pipeline.fusion.to_dict())
-        if self.rank == 0 and len(self.parts.heldout):
-            positions = sample(self.parts.heldout, self.settings.max_ranker_queries, self.settings.seed)
-            ranker, figures = self._train_ranker(pipeline, positions)
-            arrays, meta = ranker.to_arrays()
-            tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-            self.state["ranker"] = {
-                "arrays": tensors,
-                "meta": json.dumps(meta),
-                "report": json.dumps(figures),
-            }
-            auc = "" if figures["auc"] is None else f", AUC {figures['auc']:.3f}"
-            self.say(f"ranker: {figures['queries']:,} held-out positions, target retrieved in {figures['recall']:.0%}{auc}")
-        self.state["stage"] = "refit" if self.parts.has_validation else "choose"
+            self.state["fusion"] = pipeline.fusion.to_dict()
+            if len(self.parts.heldout):
+                self._rank_by(pipeline)
+        self.state["stage"] = "refit" if self.has_validation else "choose"
         self._save()
+
+    def _rank_by(self, pipeline: Pipeline) -> None:
+        positions = sample(self.parts.heldout, self.settings.max_ranker_queries, self.settings.seed)
+        ranker, figures = self._train_ranker(pipeline, positions)
+        arrays, meta = ranker.to_arrays()
+        self.saved.dense |= {f"ranker/{name}": torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        self.state["ranker"] = {"meta": meta, "report": figures}
+        auc = "" if figures["auc"] is None else f", AUC {figures['auc']:.3f}"
+        self.say(f"ranker: {figures['queries']:,} held-out positions, target retrieved in {figures['recall']:.0%}{auc}")
 
     def _refit(self) -> None:
         if self.settings.refit_epochs > 0:
-            encoder = self._encoder()
-            self.say(f"encoder: refit on {len(self.parts.train.items):,} events")
-            schedule = self._refit_schedule(self.settings.refit_epochs)
-            self._train(encoder, self.parts.train, "refit", schedule=schedule, deadline=self._share(0.7))
-            self.state["encoder"] = encoder.state_dict()
+            self.say(f"encoder: refit on {self.prepared.manifest['counts']['train']:,} events")
+            self._train("refit", schedule=self._refit_schedule(self.settings.refit_epochs), deadline=self._share(0.7))
         self.state["stage"] = "choose"
-        for key in ("epoch_state", "epoch_stage"):
-            self.state.pop(key, None)
         self._save()
 
     def _choose(self) -> None:
         folder = tempfile.mkdtemp(prefix="raysys-parts-")
-        if self.rank == 0:
-            learnt_from = self.parts.train if self.parts.has_validation else self.parts.fit
-            pipeline = self._pipeline(self._sources(learnt_from, self._encoder(), content_for="train"))
-            pipeline.use(Fusion.from_dict(json.loads(self.state["fusion"])))
+        encoder = self._whole_encoder()
+        if encoder is not None:
+            learnt_from = self.parts.train if self.has_validation else self.parts.fit
+            pipeline = self._pipeline(self._sources(learnt_from, encoder))
+            pipeline.use(Fusion.from_dict(self.state["fusion"]))
             report = judge_fusion(pipeline.fusion, *self._judged(pipeline)) if len(self.parts.choice) else NOT_JUDGED
             ranker_report: dict = {}
             weight = 0.0
             by_weight: dict[float, float] = {}
             if self.state["ranker"] is not None:
-                ranker_report = json.loads(self.state["ranker"]["report"])
+                ranker_report = self.state["ranker"]["report"]
                 pipeline.ranker = self._load_ranker()
                 pipeline.use(pipeline.fusion)  # the ranker's sources are computed too, with weight or without
                 weight, by_weight = self._choose_ranker_weight(pipeline)
@@ -184,23 +210,24 @@ class Worker:
             if pipeline.ranker is not None:
                 models["ranker"] = pipeline.ranker
             self._write_parts(folder, models, pipeline.fusion, weight, validation, report, ranker_report, by_weight)
-        if self.plan.fit == "train+valid" or not self.parts.has_validation:
+        if self.plan.fit == "train+valid" or not self.has_validation:
             self._final_refit(folder)
-        ray.train.report({"stage": "done"}, checkpoint=ray.train.Checkpoint.from_directory(folder) if self.rank == 0 else None)
-        storage.remove(folder)
+        # A checkpoint that says "choose" and holds the finished parts: a run that is started again from it only chooses again.
+        self._save(folder=folder)
 
     def _final_refit(self, folder: str) -> None:
         """Sources once more on all that may be learnt from, with everything chosen left as it is."""
-        everything = self.parts.all.upto("valid")
-        everything = everything.where(everything.items != UNKNOWN_ITEM)
-        encoder = self._encoder()
         # With a validation part the encoder has been refitted on the training part already.
-        epochs = max(1, self.settings.refit_epochs // 2) if self.parts.has_validation else self.settings.refit_epochs
-        self.say(f"encoder: last refit on {len(everything.items):,} events")
-        self._train(encoder, everything, "last refit", schedule=self._refit_schedule(epochs), deadline=self.plan.deadline, report=False)
-        if self.rank == 0:
+        epochs = max(1, self.settings.refit_epochs // 2) if self.has_validation else self.settings.refit_epochs
+        before = self.saved
+        self.saved = Saved(dict(before.state), dict(before.dense), dict(before.rows))
+        self.say("encoder: last refit on everything before the test part")
+        self._train("last refit", schedule=self._refit_schedule(epochs), deadline=self.plan.deadline, report=False)
+        encoder = self._whole_encoder()
+        self.saved = before
+        if encoder is not None:
             parts = storage.read_json(os.path.join(folder, PARTS))
-            for name, model in self._sources(everything, encoder, content_for="train").items():
+            for name, model in self._sources(self.parts.upto_valid, encoder).items():
                 arrays, parts["metas"][name] = model.to_arrays()
                 storage.write_bytes(os.path.join(folder, f"{name}.safetensors"), _tensor_bytes(arrays))
             storage.write_json(os.path.join(folder, PARTS), parts)
@@ -220,7 +247,6 @@ class Worker:
         for name, model in models.items():
             arrays, metas[name] = model.to_arrays()
             storage.write_bytes(os.path.join(folder, f"{name}.safetensors"), _tensor_bytes(arrays))
-        torch.save(self.state, os.path.join(folder, STATE))
         parts = {
             "metas": metas,
             "fusion": {
@@ -238,7 +264,7 @@ class Worker:
             "leakage": {
                 "retrieval_for_ranker": "fit: training part minus each user's last positions",
                 "ranker_learns_on": f"{len(self.parts.heldout)} held-out training positions",
-                "chosen_on": "validation part" if self.parts.has_validation else "held-out training positions of every other user",
+                "chosen_on": "validation part" if self.has_validation else "held-out training positions of every other user",
                 "retrieval_served": "refit: " + ("training part" if self.plan.fit == "train" else "training and validation part"),
             },
         }
@@ -248,15 +274,35 @@ class Worker:
         config = self.settings.encoder
         return dataclasses.replace(config, epochs=epochs, lr=config.lr * self.settings.refit_lr_factor)
 
-    def _encoder(self) -> InterestEncoder:
+    def _table(self) -> Callable[[int], ShardedTable] | None:
+        """Builds the item table of the training where it is cut over several workers; None for a whole one."""
+        if not self.parallel.shard_items or self.parallel.world_size == 1:
+            return None
+        return lambda seed: ShardedTable(self.num_items, self.settings.interest.dim, seed, self.parallel)
+
+    def _whole_encoder(self) -> InterestEncoder | None:
+        """The encoder of the last training with its whole table, on rank 0; None on the others. Every rank must call."""
+        table = gathered(self.saved.rows["encoder"], self.num_items, self.parallel)
+        if table is None:
+            return None
         encoder = new_encoder(self.prepared, self.settings)
-        encoder.load_state_dict(self.state["encoder"])
+        self._fill(encoder, table)
         return encoder.eval()
+
+    @torch.no_grad()
+    def _fill(self, encoder: InterestEncoder, rows: torch.Tensor) -> None:
+        encoder.items.weight[: len(rows)] = rows
+        for name, parameter in encoder.named_parameters():
+            if name != "items.weight":
+                parameter.copy_(self.saved.dense[f"encoder/{name}"])
+
+    def _source(self, stage: str) -> Source:
+        if self.plan.survey is not None:
+            return Streamed(self.plan.prepared_uri, self.plan.survey, self.settings, stage)
+        return InMemory(self.parts.of(stage))
 
     def _train(
         self,
-        encoder: InterestEncoder,
-        sequences: Sequences,
         stage: str,
         *,
         schedule: EncoderTrainConfig | None = None,
@@ -264,34 +310,54 @@ class Worker:
         validate: Callable | None = None,
         report: bool = True,
     ) -> TrainResult:
-        resume = self.state.get("epoch_state") if self.state.get("epoch_stage") == stage else None
+        """Train the encoder of the stage before, or a new one, or go on where the checkpoint stopped."""
+        encoder = new_encoder(self.prepared, self.settings, self._table())
+        first, stop = self.parallel.rows(self.num_items)
+        resume = None
+        if self.state.get("training", {}).get("stage") == stage:
+            resume = TrainState(self.state["training"]["progress"], *self.saved.under("training/"), first, stop)
+        elif "encoder" in self.saved.rows:
+            self._fill(encoder, self.saved.rows["encoder"])
+        self.saved.drop("encoder", "training/", "encoder/")
+        log = MetricsLog(self.settings.logging, self.plan.run, stage, self.rank)
+        training: EncoderTraining
 
-        def on_epoch(state: dict) -> None:
-            last = state["history"][-1]
-            figure = "" if last["validation"] is None else f", ndcg@10 {last['validation']:.4f}"
-            self.say(f"encoder: {stage} epoch {last['epoch']}, loss {last['loss']:.4f}{figure}, {last['seconds']:.1f} s")
-            if report:
-                self.state["epoch_state"], self.state["epoch_stage"] = state, stage
-                self._save({"loss": last["loss"], "epoch": last["epoch"]})
+        def on_epoch(entry: dict) -> None:
+            figure = "" if entry["validation"] is None else f", ndcg@10 {entry['validation']:.4f}"
+            self.say(f"encoder: {stage} epoch {entry['epoch']}, loss {entry['loss']:.4f}{figure}, {entry['seconds']:.1f} s")
+            log.epoch(entry, training.step)
 
-        result = train_encoder(
+        def on_checkpoint(state: TrainState) -> None:
+            self.state["training"] = {"stage": stage, "progress": state.progress}
+            self.saved.put("training/", state.dense, state.rows)
+            # Inside an epoch the training does not wait for the storage; after one, the checkpoint counts when this returns.
+            self._save(wait=state.progress["batch"] == 0)
+            self.saved.drop("training/")
+
+        training = EncoderTraining(
             encoder,
-            sequences,
+            self._source(stage),
             schedule or self.settings.encoder,
             seed=self.settings.seed,
-            rank=self.rank,
-            world_size=self.world_size,
-            wrap=ray.train.torch.prepare_model if self.world_size > 1 else None,
+            parallel=self.parallel,
             device=self.device,
-            on_epoch=on_epoch,
-            resume=resume,
             deadline=deadline,
             validate=validate,
+            on_epoch=on_epoch,
+            on_checkpoint=on_checkpoint if report else None,
+            on_step=log.step,
         )
-        encoder.cpu()
+        if resume is not None:
+            training.resume(resume)
+        result = training.run()
+        log.close()
+        self.state.pop("training", None)
+        dense = {name: whole(value.detach()).cpu() for name, value in encoder.named_parameters() if name != "items.weight"}
+        self.saved.put("encoder/", dense, {})
+        self.saved.rows["encoder"] = encoder.items.weight.detach()[: stop - first].cpu()
         return result
 
-    def _sources(self, sequences: Sequences, encoder: InterestEncoder, *, content_for: str) -> dict[str, Any]:
+    def _sources(self, sequences: Sequences, encoder: InterestEncoder) -> dict[str, Any]:
         """Every configured source, fitted on the given events and nothing else."""
         ordinal, wanted, settings = self.prepared.ordinal_time, self.settings.sources, self.settings
         counts = np.bincount(sequences.items, minlength=self.num_items)
@@ -362,10 +428,8 @@ class Worker:
         )
 
     def _load_ranker(self) -> Any:
-        from raysys.bundle import load_model
-
-        saved = self.state["ranker"]
-        return load_model("ranker", {name: tensor.numpy() for name, tensor in saved["arrays"].items()}, json.loads(saved["meta"]))
+        arrays = {name: tensor.numpy() for name, tensor in self.saved.under("ranker/")[0].items()}
+        return load_model("ranker", arrays, self.state["ranker"]["meta"])
 
     def _choose_ranker_weight(self, pipeline: Pipeline) -> tuple[float, dict[float, float]]:
         """The ranker's weight in the final score, 0 where it does not help on validation."""
@@ -400,15 +464,26 @@ class Worker:
             return None
         return time.time() + share * max(0.0, self.plan.deadline - time.time())
 
-    def _save(self, metrics: dict | None = None) -> None:
-        """Report to Ray Train; worker 0 brings the checkpoint."""
-        checkpoint, folder = None, None
+    def _save(self, *, folder: str | None = None, wait: bool = True) -> None:
+        """Report to Ray Train; each worker brings what only it has to the checkpoint.
+
+        Args:
+            folder: where other files of the checkpoint are already; a temporary one by default. It is removed.
+            wait: until the checkpoint is in the run's storage; else it is copied there while the training goes on.
+        """
+        folder = folder or tempfile.mkdtemp(prefix="raysys-checkpoint-")
         if self.rank == 0:
-            folder = tempfile.mkdtemp(prefix="raysys-checkpoint-")
-            torch.save(self.state, os.path.join(folder, STATE))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report({"stage": self.state["stage"], **(metrics or {})}, checkpoint=checkpoint)
-        if folder is not None:
+            write_state(folder, self.state, self.saved.dense)
+        if self.rank == 0 or self.parallel.shard_items:
+            write_rows(folder, self.saved.rows, *self.parallel.rows(self.num_items))
+        is_empty = not os.listdir(folder)
+        ray.train.report(
+            {"stage": self.state["stage"]},
+            checkpoint=None if is_empty else ray.train.Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+        if is_empty:
             storage.remove(folder)
 
 

@@ -22,9 +22,10 @@ from ray.tune.schedulers import ASHAScheduler
 from raysys import config, storage
 from raysys.errors import ConfigError, RaysysError
 from raysys.prepare.dataset import Prepared
+from raysys.train.batches import InMemory
 from raysys.train.config import TrainConfig, dotted_names, with_data_defaults
 from raysys.train.encoder import train_encoder
-from raysys.train.parts import Parts, new_encoder, validation
+from raysys.train.parts import Judged, Parts, new_encoder, validation
 
 BEST, TRIALS = "best.yaml", "trials.json"
 DEFAULT_SEARCH: dict[str, dict] = {
@@ -221,19 +222,18 @@ def _trial(parameters: dict, *, prepared_uri: str, candidates: list[TrainConfig]
     prepared = Prepared.open(prepared_uri)
     parts = Parts(prepared.sequences(), settings)
 
-    def on_epoch(state: dict) -> None:
-        last = state["history"][-1]
+    def on_epoch(last: dict) -> None:
         if last["validation"] is not None:
             ray_tune.report({"epoch": last["epoch"], "ndcg": last["validation"], "loss": last["loss"]})
 
     train_encoder(
         new_encoder(prepared, settings),
-        parts.fit,
+        InMemory(parts.fit),
         settings.encoder,
         seed=settings.seed,
         device="cuda" if settings.scaling.use_gpu and torch.cuda.is_available() else "cpu",
         on_epoch=on_epoch,
-        validate=validation(parts, settings, prepared.num_items),
+        validate=validation(Judged.of(parts, settings, prepared.num_items)),
     )
 
 

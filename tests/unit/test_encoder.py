@@ -1,6 +1,7 @@
 """Batches and training of the interest encoder, on histories that walk round a ring: item i is followed by i + 1."""
 
 import dataclasses
+import json
 import time
 
 import numpy as np
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetriever
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
-from raysys.train.batches import batches, num_windows, windows
-from raysys.train.encoder import EncoderTrainConfig, _Trainee, train_encoder
+from raysys.train.batches import InMemory, cut_pool, num_windows, windows
+from raysys.train.encoder import EncoderTrainConfig, EncoderTraining, TrainState, train_encoder
 
 N = 20
 SHAPE = InterestConfig(dim=16, num_layers=1, num_heads=1, max_length=6, dropout=0.1, ffn_multiplier=1, temperature=0.0)
@@ -52,7 +53,7 @@ def _weights(encoder):
 
 def _train(training=TRAINING, *, shape=SHAPE, seed=0, **kwargs):
     encoder = _encoder(shape)
-    return encoder, train_encoder(encoder, _ring(), training, seed=seed, **kwargs)
+    return encoder, train_encoder(encoder, InMemory(_ring()), training, seed=seed, **kwargs)
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=20), st.integers(1, 9), st.integers(0, 5))
@@ -65,28 +66,27 @@ def test_windows_hold_every_next_item_once(lengths, max_length, seed):
     first = set(sequences.indptr[:-1].tolist())
     assert sorted(targets) == [position for position in range(len(sequences.items)) if position not in first]
     if max(lengths) <= max_length:
-        assert len(start) == num_windows(sequences, max_length)
+        assert len(start) == num_windows(np.array(lengths), max_length)
 
 
-def test_targets_are_the_next_items_and_ranks_share_every_batch():
-    sequences = _ring()
-
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_targets_are_the_next_items_and_ranks_share_every_batch(accumulate):
     def epoch(rank, world_size):
-        return list(
-            batches(sequences, max_length=6, batch_size=32, padding=N, rng=np.random.default_rng(3), rank=rank, world_size=world_size)
-        )
+        rng = np.random.default_rng(3)
+        return cut_pool(_ring(), max_length=6, batch_size=32, rng=rng, rank=rank, world_size=world_size)
 
-    whole, parts = epoch(0, 1), [epoch(rank, 3) for rank in range(3)]
-    assert sum(batch.num_targets for batch in whole) == (np.diff(sequences.indptr) - 1).sum()
-    for number, batch in enumerate(whole):
+    whole, shares = epoch(0, 1), [epoch(rank, 3).compact() for rank in range(3)]
+    assert whole.num_targets.sum() == (np.diff(_ring().indptr) - 1).sum()
+    for number in range(len(whole)):
+        (batch,) = whole.batch(number, N)
         real = batch.targets >= 0
-        assert real.sum() == batch.num_targets
+        assert real.sum() == whole.num_targets[number]
         assert ((batch.items[real] + 1) % N == batch.targets[real]).all()
         assert (batch.items[~real] == N).all()
-        shared = [part[number] for part in parts]
-        assert {piece.num_targets for piece in shared} == {batch.num_targets}
-        together = np.concatenate([piece.targets[piece.targets >= 0] for piece in shared])
-        assert sorted(together) == sorted(batch.targets[real])
+        assert {share.num_targets[number] for share in shares} == {whole.num_targets[number]}
+        pieces = [piece for share in shares for piece in share.batch(number, N, accumulate)]
+        assert len(pieces) == 3 * accumulate
+        assert sorted(np.concatenate([piece.targets[piece.targets >= 0] for piece in pieces])) == sorted(batch.targets[real])
 
 
 @pytest.mark.parametrize(
@@ -114,28 +114,60 @@ def test_same_seed_same_weights():
     assert (_weights(first) - _weights(other)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_resumed_training_ends_where_an_unbroken_one_does(ema, tmp_path):
-    training = dataclasses.replace(TRAINING, epochs=5, ema=ema)
-    figures = iter([0.1, 0.5, 0.2, 0.3, 0.4])
-    whole, whole_result = _train(training, validate=lambda encoder: next(figures))
+class Killed(Exception):
+    pass
 
-    class Killed(Exception):
-        pass
+
+def _copied(state: TrainState) -> TrainState:
+    tensors = ({name: tensor.clone() for name, tensor in part.items()} for part in (state.dense, state.rows))
+    return TrainState(json.loads(json.dumps(state.progress)), *tensors, state.first, state.stop)
+
+
+@pytest.mark.parametrize("table", ["adamw", "lazy_adamw", "rowwise_adagrad"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("at", [3, 8, 17], ids=["in-the-first-epoch", "in-the-second", "in-the-fourth"])
+def test_resumed_training_ends_where_an_unbroken_one_does(at, ema, table):
+    training = dataclasses.replace(TRAINING, epochs=5, ema=ema, checkpoint_steps=1, loss="sampled", num_negatives=8, table_optimizer=table)
+
+    def figure(encoder):
+        return float(encoder.items.weight.detach()[:N].abs().sum().sin())
+
+    whole, whole_result = _train(training, validate=figure)
+    saved = []
 
     def save(state):
-        torch.save(state, tmp_path / "state.pt")
-        if len(state["history"]) == 3:
+        saved.append(_copied(state))
+        if len(saved) == at:
             raise Killed
 
-    figures = iter([0.1, 0.5, 0.2, 0.3, 0.4])
     with pytest.raises(Killed):
-        _train(training, validate=lambda encoder: next(figures), on_epoch=save)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    resumed, result = _train(training, validate=lambda encoder: next(figures), resume=state)
-    assert (result.best_epoch, result.best_validation) == (whole_result.best_epoch, whole_result.best_validation) == (2, 0.5)
-    assert [entry["epoch"] for entry in result.history] == [1, 2, 3, 4, 5]
+        _train(training, validate=figure, on_checkpoint=save)
+    resumed, result = _train(training, validate=figure, resume=saved[-1])
+    assert (result.best_epoch, result.best_validation) == (whole_result.best_epoch, whole_result.best_validation)
+    assert [entry["loss"] for entry in result.history] == [entry["loss"] for entry in whole_result.history]
     torch.testing.assert_close(_weights(resumed), _weights(whole), rtol=0, atol=0)
+
+
+def test_accumulated_gradients_take_the_same_steps():
+    still = dataclasses.replace(SHAPE, dropout=0.0)
+    expected, result = _train(dataclasses.replace(TRAINING, epochs=3), shape=still)
+    found, parts = _train(dataclasses.replace(TRAINING, epochs=3, accumulate=4), shape=still)
+    assert [entry["loss"] for entry in parts.history] == pytest.approx([entry["loss"] for entry in result.history], rel=1e-3)
+    torch.testing.assert_close(_weights(found), _weights(expected), rtol=1e-2, atol=5e-3)
+
+
+@pytest.mark.parametrize("table", ["lazy_adamw", "rowwise_adagrad"])
+def test_average_of_rows_that_a_step_does_not_touch_is_exact(table):
+    """The same training with a dense gradient, which averages every row at every step."""
+    training = dataclasses.replace(TRAINING, epochs=2, ema=0.9, loss="sampled", num_negatives=2, batch_size=4, table_optimizer=table)
+    lazily, _ = _train(training)
+    encoder = _encoder()
+    by_hand = EncoderTraining(encoder, InMemory(_ring()), training, seed=0)
+    by_hand.average.before_step = lambda rows: None
+    after = by_hand.average.after_step
+    by_hand.average.after_step = lambda step, rows: after(step, None)
+    by_hand.run()
+    torch.testing.assert_close(_weights(lazily), _weights(encoder), rtol=1e-4, atol=1e-6)
 
 
 def test_stops_without_progress_and_keeps_the_best_epoch():
@@ -153,49 +185,3 @@ def test_stops_without_progress_and_keeps_the_best_epoch():
 def test_a_deadline_ends_training_after_one_epoch():
     _, result = _train(deadline=time.time() - 1)
     assert len(result.history) == 1 and result.best_epoch == 1
-
-
-def test_gradients_of_two_ranks_average_to_those_of_one():
-    trainee = _Trainee(_encoder(dataclasses.replace(SHAPE, dropout=0.0)))
-
-    def gradients(rank, world_size):
-        rng = np.random.default_rng(0)
-        batch = next(batches(_ring(), max_length=6, batch_size=33, padding=N, rng=rng, rank=rank, world_size=world_size))
-        total = trainee(*(torch.from_numpy(array) for array in (batch.items, batch.events, batch.targets)), None)
-        trainee.zero_grad()
-        (total * (world_size / batch.num_targets)).backward()
-        return torch.cat([parameter.grad.flatten() for parameter in trainee.parameters()])
-
-    torch.testing.assert_close((gradients(0, 2) + gradients(1, 2)) / 2, gradients(0, 1), rtol=1e-2, atol=1e-4)
-
-
-def _rank(rank, port, out):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    training = dataclasses.replace(TRAINING, epochs=2, batch_size=149)  # the last batch leaves nothing for one of the ranks
-    encoder, result = _train(
-        training,
-        shape=dataclasses.replace(SHAPE, dropout=0.0, max_length=20),
-        rank=rank,
-        world_size=2,
-        wrap=torch.nn.parallel.DistributedDataParallel,
-        validate=lambda encoder: float(rank),
-    )
-    torch.save((_weights(encoder), result.best_validation), f"{out}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_train_like_one(tmp_path):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
-    training = dataclasses.replace(TRAINING, epochs=2, batch_size=149)
-    alone, _ = _train(training, shape=dataclasses.replace(SHAPE, dropout=0.0, max_length=20), validate=lambda encoder: 0.0)
-    for rank in range(2):
-        weights, figure = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert figure == 0.0  # rank 0 decides for all
-        torch.testing.assert_close(weights, _weights(alone), rtol=1e-2, atol=1e-3)

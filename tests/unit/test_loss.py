@@ -56,8 +56,8 @@ def test_sampled_softmax_tends_to_full_softmax(skewed):
     states, vectors, targets = _problem(N=20)
     weights = torch.arange(1.0, 21.0) if skewed else torch.ones(20)
     negatives = torch.multinomial(weights, 200_000, replacement=True, generator=torch.Generator().manual_seed(1))
-    log_q = (weights / weights.sum()).log() if skewed else None
-    loss = sampled_softmax_loss(states, vectors, targets, negatives, log_q)
+    log_expected = (200_000 * weights / weights.sum()).log()[negatives] if skewed else math.log(200_000 / 20)
+    loss = sampled_softmax_loss(states, vectors[targets], vectors[negatives], targets, negatives, log_expected)
     expected = F.cross_entropy(states @ vectors.T, targets, reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=0.01)
     found, wanted = _gradients(loss, vectors)[0], _gradients(expected, vectors)[0]
@@ -66,7 +66,8 @@ def test_sampled_softmax_tends_to_full_softmax(skewed):
 
 def test_accidental_hits_do_not_count_as_negatives():
     states, vectors, targets = _problem()
-    loss = sampled_softmax_loss(states, vectors, targets, targets[:1].repeat(5))
-    alone = sampled_softmax_loss(states[:1], vectors, targets[:1], targets[:1].repeat(5))
+    negatives = targets[:1].repeat(5)
+    loss = sampled_softmax_loss(states, vectors[targets], vectors[negatives], targets, negatives, 0.0)
+    alone = sampled_softmax_loss(states[:1], vectors[targets[:1]], vectors[negatives], targets[:1], negatives, 0.0)
     assert alone.item() == 0.0
     assert loss.item() > 0.0

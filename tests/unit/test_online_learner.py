@@ -20,6 +20,7 @@ from raysys.online.feed import flat_sequences, read_fresh
 from raysys.online.improve import improve
 from raysys.online.learner import Learner, run_online
 from raysys.registry import Registry
+from raysys.train.batches import InMemory
 from raysys.train.encoder import EncoderTrainConfig, train_encoder
 
 N = 40
@@ -40,7 +41,7 @@ def trained():
     items = walks(120, 2, 8, rng)
     flat = flat_sequences(items.ravel(), np.ones(items.size), np.tile(np.arange(8), 120), np.arange(0, items.size + 1, 8))
     encoder = InterestEncoder(N, 2, InterestConfig(dim=16, num_layers=1, num_heads=1, max_length=10, dropout=0.0))
-    train_encoder(encoder, flat, EncoderTrainConfig(epochs=15, batch_size=32, lr=1e-2, warmup_steps=5), seed=0)
+    train_encoder(encoder, InMemory(flat), EncoderTrainConfig(epochs=15, batch_size=32, lr=1e-2, warmup_steps=5), seed=0)
     models = {
         "interest": InterestRetriever.from_encoder(encoder, np.bincount(flat.items, minlength=N)),
         "covisit": Covisitation.fit(flat, N),

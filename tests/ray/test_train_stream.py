@@ -1,0 +1,127 @@
+"""Streamed training: every position once an epoch, the same batches for any number of workers, and survival of a kill inside an epoch."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from raysys import storage
+from raysys.prepare.dataset import Prepared
+from raysys.train.batches import InMemory
+from raysys.train.config import ScalingConfig, TrainConfig
+from raysys.train.parts import Judged, Parts
+from raysys.train.stream import Streamed, Survey, streamed_judged
+from tests import planted
+from tests.boards import Board
+from tests.prepared import leave_one_out, write_prepared
+from tests.ray.test_train import fit, losses
+
+NUM_ITEMS = planted.NUM_CLUSTERS * planted.CLUSTER_ITEMS
+SETTINGS = TrainConfig(scaling=ScalingConfig(input="stream", shuffle_events=300))
+STREAM = ["scaling.input=stream", "scaling.shuffle_events=300", "interest.dropout=0"]
+
+
+def in_files(folder: str, sequences, *, num_files: int = 3) -> Prepared:
+    """A prepared set of several files with several row groups each."""
+    write_prepared(folder, sequences, planted.items_table())
+    whole = f"{folder}/sequences/part-0.parquet"
+    table = pq.read_table(whole)
+    storage.remove(whole)
+    size = -(-table.num_rows // num_files)
+    for number in range(num_files):
+        pq.write_table(table.slice(number * size, size), f"{folder}/sequences/part-{number}.parquet", row_group_size=25)
+    return Prepared.open(folder)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return in_files(str(tmp_path_factory.mktemp("planted")), leave_one_out(planted.sequences()))
+
+
+@pytest.fixture(scope="module")
+def survey(prepared):
+    return Survey.of(prepared)
+
+
+@pytest.mark.parametrize("split", [leave_one_out, lambda sequences: sequences], ids=["leave-one-out", "none"])
+def test_a_fragment_at_a_time_gives_what_all_in_memory_give(split, tmp_path):
+    prepared = in_files(str(tmp_path), split(planted.sequences()))
+    survey, parts = Survey.of(prepared), Parts(prepared.sequences(), SETTINGS)
+    assert len(survey.fragments) == 9 and sum(fragment.events for fragment in survey.fragments) == len(parts.all.items)
+    for stage in ("fit", "refit", "last refit"):
+        assert survey.num_windows(stage, 4, SETTINGS) == InMemory(parts.of(stage)).num_windows(4)
+    streamed, whole = streamed_judged(prepared, survey, SETTINGS), Judged.of(parts, SETTINGS, NUM_ITEMS)
+    assert np.array_equal(streamed.targets, whole.targets) and np.array_equal(streamed.warm, whole.warm)
+    for name in ("items", "events", "times", "indptr", "now"):
+        assert np.array_equal(getattr(streamed.queries, name), getattr(whole.queries, name))
+
+
+def test_epochs_hold_every_position_once_in_pools_of_other_fragments(prepared, survey, ray_cluster):
+    source = Streamed(prepared.uri, survey, SETTINGS, "refit")
+    options = {"max_length": 16, "batch_size": 32, "seed": 3}
+    plans = [source.plan(3, epoch) for epoch in (1, 2)]
+    assert plans[0] != plans[1] and [len(pool) for pool in plans[0]] == [1] * 9, "250 events a fragment, 300 a pool"
+    pools = list(source.pools(**options, epoch=1))
+    train = Parts(prepared.sequences(), SETTINGS).train
+    found = [pair for pool in pools for index in range(len(pool)) for pair in _pairs(pool.batch(index, NUM_ITEMS)[0])]
+    expected = [pair for at in range(len(train)) for pair in _steps(train.items[train.indptr[at] : train.indptr[at + 1]].tolist())]
+    assert sorted(found) == sorted(expected)
+    # Another number of workers, from the middle of the epoch: the same global batches.
+    shares = [list(source.pools(**options, epoch=1, rank=rank, world_size=2, first=7)) for rank in range(2)]
+    for pool, first, second in zip(pools[7:], *shares, strict=True):
+        assert first.num_targets.tolist() == second.num_targets.tolist() == pool.num_targets.tolist()
+        for index in range(len(pool)):
+            halves = _pairs(first.batch(index, NUM_ITEMS)[0]) + _pairs(second.batch(index, NUM_ITEMS)[0])
+            assert sorted(halves) == sorted(_pairs(pool.batch(index, NUM_ITEMS)[0]))
+
+
+def _pairs(batch) -> list[tuple[int, int]]:
+    real = batch.targets >= 0
+    return list(zip(batch.items[real].tolist(), batch.targets[real].tolist()))
+
+
+def _steps(items: list[int]) -> list[tuple[int, int]]:
+    return list(zip(items[:-1], items[1:]))
+
+
+def test_workers_killed_inside_an_epoch_go_on_with_rows_cut_over_two(prepared, ray_cluster, tmp_path):
+    """One worker, undisturbed; then two workers with half of each batch and half of the table each, which are killed."""
+    _, lines = fit(prepared.uri, tmp_path / "one", overrides=STREAM)
+    logs = tmp_path / "curves"
+    disturbed = [*STREAM, "scaling.workers=2", "scaling.shard_items=true", "encoder.checkpoint_steps=3", f"logging.tensorboard={logs}"]
+    board = Board.remote("fit epoch 3")
+    _, told = fit(prepared.uri, tmp_path / "two", board=board, overrides=[*disturbed, "logging.every_steps=1"])
+    assert any(line == "continuing from a checkpoint in stage fit" for line in told)
+    # Without dropout the only difference is the order of float additions.
+    assert losses(told)[-4:] == pytest.approx(losses(lines)[-4:], rel=0.02)
+    assert losses(told)[0] == pytest.approx(losses(lines)[0], rel=1e-3)
+    files = list(logs.rglob("events.out.tfevents.*"))
+    curves = {file.parent.name: points(file.read_bytes()) for file in files if file.parent.name != "fit"}
+    assert list(curves) == ["refit"] and {"loss", "lr", "gradient_norm", "epoch/loss"} <= set(curves["refit"])
+    assert len(curves["refit"]["loss"]) > 10 and curves["refit"]["lr"][0] < curves["refit"]["lr"][3]
+
+
+def points(content: bytes) -> dict[str, list[float]]:
+    """Curves of a TensorBoard event file: records of length, checksum, Event, checksum."""
+    curves: dict[str, list[float]] = {}
+    at = 0
+    while at < len(content):
+        length = int.from_bytes(content[at : at + 8], "little")
+        for value in Event.FromString(content[at + 12 : at + 12 + length]).summary.value:
+            curves.setdefault(value.tag, []).append(value.simple_value)
+        at += length + 16
+    return curves
+
+
+def test_settings_that_cannot_work_are_refused():
+    for options, message in [
+        ({"strategy": "fsdp"}, "set shard_items: true as well"),
+        ({"workers": 2, "min_workers": 3}, "expected min_workers from 1 to workers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ScalingConfig(**options)
+    encoder = dataclasses.replace(TrainConfig().encoder, table_optimizer="lazy_adamw")
+    with pytest.raises(ValueError, match="set scaling.shard_items: true"):
+        TrainConfig(encoder=encoder, scaling=ScalingConfig(workers=2))
