@@ -132,6 +132,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--user", required=True)
     command.add_argument("-k", type=int, default=10)
 
+    command = add("recommend-all", _recommend_all, "the k best items of every user, to Parquet")
+    _add_batch(command)
+    command.add_argument("-k", type=int, default=100, help="items a user (default: 100)")
+    command.add_argument(
+        "--stage",
+        choices=["final", "retrieval", "interest"],
+        default="final",
+        help="the lists that serving gives, in retrieval's order, or by the encoder's dot product alone",
+    )
+
+    command = add("export-embeddings", _export_embeddings, "user and item vectors of the interest encoder, to Parquet")
+    _add_batch(command)
+
     command = add("pipeline", _pipeline, "prepare, train, evaluate and publish in one run")
     command.add_argument("--data", required=True)
     command.add_argument("--out", required=True, help="folder for the prepared set, the bundle and the metrics")
@@ -151,6 +164,14 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", default=None, metavar="FILE", help="YAML settings")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="one setting; may be repeated")
+
+
+def _add_batch(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, metavar="BUNDLE")
+    command.add_argument("--out", required=True, help="folder of the result; a run that was stopped goes on there")
+    command.add_argument("--users", default=None, metavar="FILE", help="user ids: Parquet or CSV with user_id, or text, one a line")
+    command.add_argument("--prepared", default=None, metavar="DIR", help="all users of a prepared set, with their whole histories")
+    _add_config(command)
 
 
 def _add_prepared(command: argparse.ArgumentParser) -> None:
@@ -314,6 +335,27 @@ def _recommend(arguments: argparse.Namespace) -> Rows:
         chance = "" if probability is None else f"  p={probability:.3f}"
         rows.append((f"{rank:3d}  {bundle.item_ids[row]}", f"{titles[row] or ''}  score={score:.3f}{chance}".strip()))
     return rows
+
+
+def _recommend_all(arguments: argparse.Namespace) -> Rows:
+    return _batch(arguments, stage=arguments.stage, k=arguments.k)
+
+
+def _export_embeddings(arguments: argparse.Namespace) -> Rows:
+    return _batch(arguments, stage="embeddings", k=1)
+
+
+def _batch(arguments: argparse.Namespace, *, stage: str, k: int) -> Rows:
+    from raysys.batch.config import BatchConfig
+    from raysys.batch.run import run_batch, summary_rows
+
+    settings = config.load(BatchConfig, arguments.config, arguments.overrides)
+    model, out = cluster.location(arguments.model, "--model"), cluster.location(arguments.out, "--out")
+    users = cluster.location(arguments.users, "--users") if arguments.users else None
+    prepared = cluster.location(arguments.prepared, "--prepared") if arguments.prepared else None
+    with cluster.connected():
+        manifest = run_batch(model, out, stage=stage, k=k, users_uri=users, prepared_uri=prepared, settings=settings)
+    return [*summary_rows(manifest), ("out", out)]
 
 
 def _pipeline(arguments: argparse.Namespace) -> Rows:
