@@ -36,8 +36,7 @@ def working_folder(out: str) -> Iterator[str]:
     manifest, which readers refuse, and never a mixture.
     """
     check_target(out)
-    out = out.rstrip("/")
-    work = f"{out}.tmp-{secrets.token_hex(4)}"
+    work = storage.beside(out, f".tmp-{secrets.token_hex(4)}")
     storage.make_dir(work)
     try:
         yield work

@@ -71,7 +71,7 @@ def train(
         raise SchemaError(f"{prepared_uri}: expected at least two training events, found {counts['train']}; prepare more data")
     settings = with_data_defaults(settings, given, np.diff(prepared.sequences().train().indptr), prepared.num_items)
     workers, cpus = _resources(settings)
-    work = f"{out.rstrip('/')}.work"
+    work = storage.beside(out, ".work")
     plan = Plan(
         prepared_uri=prepared_uri,
         settings=settings,
