@@ -68,8 +68,10 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     sizes = (*FITTED, *CHECKED)
     facts: dict[str, float] = {}
+    with cluster.connected():
+        prepared = [measure_prepare(size, arguments.scale, arguments.repeats, facts) for size in sizes]
     parts = {
-        "prepare": [measure_prepare(size, arguments.scale, arguments.repeats, facts) for size in sizes],
+        "prepare": prepared,
         "train": [measure_train(size, arguments.scale, loss) for size in sizes for loss in ("softmax", "sampled")],
     }
     worlds = [(size, scoring_world(max(300, int(SCORE_ITEMS * arguments.scale * size)))) for size in sizes]
@@ -83,12 +85,17 @@ def main() -> None:
     storage.write_json(arguments.constants, asdict(constants))
     storage.write_json(storage.join(arguments.out, "calibrate.json"), as_report(parts, constants, checks))
     for item in checks:
-        print(
-            f"{item['what']:<18}{item['size']:>5g}x  predicted {item['predicted']:9.4g} s  measured {item['measured']:9.4g} s  {item['error']:+.0%}"
-        )
+        figures = f"predicted {item['predicted']:9.4g} s  measured {item['measured']:9.4g} s  {item['error']:+.0%}"
+        print(f"{item['what']:<18}{item['size']:>5g}x  {figures}")
     missed = [item for item in checks if abs(item["error"]) > BAR]
     print(f"{len(checks) - len(missed)} of {len(checks)} predictions within {BAR:.0%}; constants in {arguments.constants}")
     sys.exit(1 if missed else 0)
+
+
+def told(measured: Measurement) -> Measurement:
+    """The measurement, after a line of progress."""
+    print(f"  {measured.what:<18}{measured.size:>5g}x  {measured.seconds:9.4g} s", flush=True)
+    return measured
 
 
 def median_seconds(run: Callable[[], object], repeats: int) -> float:
@@ -104,18 +111,19 @@ def median_seconds(run: Callable[[], object], repeats: int) -> float:
 def measure_prepare(size: float, scale: float, repeats: int, facts: dict[str, float]) -> Measurement:
     """`raysys prepare` without the start of Ray; four partitions at every size, so that the same stages run."""
     events = int(PREPARE_EVENTS * scale * size)
-    with tempfile.TemporaryDirectory() as folder, cluster.connected():
+    with tempfile.TemporaryDirectory() as folder:
         data, out = os.path.join(folder, "data"), os.path.join(folder, "prepared")
         import_dataset("synthetic", None, data, users=max(50, events // HISTORY), items=max(50, events // 100), events=events, seed=1)
         settings = PrepareConfig(partitions=4)
-        prepare(data, out, config=settings, progress=False)  # starts Ray's workers
+        if size == FITTED[0]:
+            prepare(data, out, config=settings, progress=False)  # starts Ray's workers
         seconds = median_seconds(lambda: prepare(data, out, config=settings, progress=False), repeats)
         written = storage.read_json(os.path.join(out, "manifest.json"))["counts"]
         total = sum(written[part] for part in ("train", "valid", "test"))
         facts["raw_bytes_event"] = folder_bytes(data, "interactions") / total
         facts["prepared_bytes_event"] = folder_bytes(out, "sequences") / total
     row = {"series": "prepare", "events": total, "seconds": seconds, "runs": repeats}
-    return Measurement("prepare", size, (1.0, float(total)), seconds, row)
+    return told(Measurement("prepare", size, (1.0, float(total)), seconds, row))
 
 
 def folder_bytes(folder: str, part: str) -> int:
@@ -165,7 +173,7 @@ def measure_train(size: float, scale: float, loss: str) -> Measurement:
         float(steps) * counts.table_bytes_moved(items, DIM, "adamw", 0),
     )
     row = {"series": f"train, {loss}", "events": int(users * HISTORY), "items": items, "seconds": seconds, "per_second": users / seconds}
-    return Measurement(f"epoch, {loss}", size, explained, seconds, row | {"runs": epochs - 1})
+    return told(Measurement(f"epoch, {loss}", size, explained, seconds, row | {"runs": epochs - 1}))
 
 
 @dataclass(frozen=True)
@@ -220,7 +228,7 @@ def measure_batch(size: float, world: World, repeats: int) -> Measurement:
     score()
     seconds = median_seconds(score, repeats) / users
     row = {"series": "batch scoring", "items": world.items, "seconds": seconds * users, "per_second": 1 / seconds, "runs": repeats}
-    return Measurement("batch, a user", size, (1.0, counts.loss_flops(DIM, world.items)), seconds, row)
+    return told(Measurement("batch, a user", size, (1.0, counts.loss_flops(DIM, world.items)), seconds, row))
 
 
 def measure_requests(size: float, world: World, number: int = 150) -> tuple[Measurement, float]:
@@ -234,7 +242,7 @@ def measure_requests(size: float, world: World, number: int = 150) -> tuple[Meas
     steady = np.array(times[20:])
     mean, p99 = float(steady.mean()), float(np.quantile(steady, 0.99))
     row = {"series": "request", "items": world.items, "seconds": mean, "p99_ms": p99 * 1e3, "runs": number}
-    return Measurement("request", size, (1.0, world.items * DIM * 4.0), mean, row), p99 / mean
+    return told(Measurement("request", size, (1.0, world.items * DIM * 4.0), mean, row)), p99 / mean
 
 
 def fit(measured: Sequence[Measurement]) -> np.ndarray:

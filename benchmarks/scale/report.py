@@ -6,6 +6,7 @@ Reads every *.json of the folder (shape: README.md here), writes HARDWARE_DATE.m
 """
 
 import argparse
+import io
 import platform
 import subprocess
 import sys
@@ -110,7 +111,9 @@ def plots_of(result: dict, out: str, stem: str) -> list[str]:
             axes.grid(True, which="both", alpha=0.3)
             axes.legend()
             names.append(f"{stem}_{result['name']}_{cost}_{size}.png")
-            figure.savefig(storage.join(out, names[-1]), dpi=110)
+            picture = io.BytesIO()
+            figure.savefig(picture, dpi=110)
+            storage.write_bytes(storage.join(out, names[-1]), picture.getvalue())
             plt.close(figure)
     return names
 

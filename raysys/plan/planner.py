@@ -134,7 +134,7 @@ def _serve(work: Workload, node: NodeType, constants: Constants) -> list[Figure]
     for name, dense in (("serve, exact scores", True), ("serve, approximate index", False)):
         found = plan_serving(work, node, constants, dense=dense)
         assumed = HERE if dense else "not built in raysys: the search itself is taken as free, so this is a lower bound"
-        late = f"{constants.tail:.2g} * {found.service_s * 1e3:.3g} ms exceeds p99_ms = {work.p99_ms:g}: the catalogue is too large for this source"
+        late = f"{constants.tail:.2g} * {found.service_s * 1e3:.3g} ms exceeds p99_ms = {work.p99_ms:g}; the catalogue is too large for it"
         if found.replicas is None:
             nodes_why = late
         else:

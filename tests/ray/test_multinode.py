@@ -47,6 +47,7 @@ class Nodes:
         self.folder, self.count = folder, 0
         self.cluster = Cluster(
             initialize_head=True,
+            shutdown_at_exit=False,  # its signal handlers can be set in the main thread only, and a thread adds nodes; stop() cleans up
             head_node_args={"num_cpus": 0, "include_dashboard": False, "env_vars": self.home()},
         )
         ray.init(address=self.cluster.address, log_to_driver=False)
@@ -78,8 +79,9 @@ class Killing(threading.Thread):
         while time.monotonic() < self.deadline:
             if self.happened():
                 self.nodes.cluster.remove_node(self.nodes.workers.pop(0), allow_graceful=False)
-                self.killed_at = time.monotonic()
+                killed_at = time.monotonic()
                 self.nodes.workers.append(self.nodes.add())
+                self.killed_at = killed_at
                 return
             time.sleep(0.05)
 

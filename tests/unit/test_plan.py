@@ -112,7 +112,7 @@ def test_a_worker_on_an_accelerator_has_the_measured_share_of_its_peak():
 
 
 def test_a_table_larger_than_a_worker_is_sharded_over_enough_of_them():
-    """400M rows x 64: 51.2 GB of bfloat16, twice that for average and best, 102.4 GB gradient, 204.8 GB of AdamW: 460.8 GB over 8 GB workers."""
+    """400M rows x 64 in GB: 51.2 of bfloat16, twice that for average and best, 102.4 gradient, 204.8 AdamW; over workers of 8 usable."""
     work = dataclasses.replace(WORK, items=400_000_000, epoch_hours=1000)
     plan = plan_training(work, NODE, CONSTANTS)
     table = sum(size for name, size in plan.memory.items() if name.startswith("table"))
