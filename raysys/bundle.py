@@ -210,7 +210,7 @@ class Bundle:
             "files": digests,
         }
         local = storage.is_local(uri)
-        target = f"{uri.rstrip('/')}.tmp-{secrets.token_hex(6)}" if local else uri
+        target = storage.beside(uri, f".tmp-{secrets.token_hex(6)}") if local else uri
         for name, content in files.items():
             storage.write_bytes(storage.join(target, name), content)
         storage.write_json(storage.join(target, MANIFEST), self.manifest)

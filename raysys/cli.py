@@ -155,6 +155,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--time-budget", default=None, metavar="30m")
     _add_config(command)
 
+    command = add("plan", _plan, "how many nodes of which kind, hours, memory, network and replicas a size needs")
+    for name in ("users", "items", "events"):
+        command.add_argument(f"--{name}", required=True, metavar="N", help="a number such as 20k, 1.5M or 10B")
+    command.add_argument(
+        "--node", required=True, nargs="+", metavar="TYPE", help="node types that train, a plan for each, such as p5.48xlarge"
+    )
+    command.add_argument("--prepare-node", default="m6i.32xlarge", metavar="TYPE", help="node type that prepares and serves")
+    command.add_argument("--nodes", default=None, metavar="FILE", help="YAML table of node types; the built-in one when absent")
+    command.add_argument("--constants", default=None, metavar="FILE", help="constants written by benchmarks/scale/calibrate.py")
+    command.add_argument("--out", default=None, metavar="FILE", help="write the plans as JSON, formulas and assumptions included")
+    command.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    _add_config(command)
+
     command = add("bench", _bench, "run a benchmark of benchmarks/")
     command.add_argument("name", nargs="?", help="name of a benchmark; the list when absent")
     command.add_argument("rest", nargs=argparse.REMAINDER)
@@ -386,6 +399,25 @@ def _pipeline(arguments: argparse.Namespace) -> Rows:
         pointer = Registry(registry).publish(bundle)
         rows.append(("published", f"{pointer.version} in {registry}"))
     return [*rows, ("bundle", bundle)]
+
+
+def _plan(arguments: argparse.Namespace) -> Rows:
+    from raysys.plan import planner
+    from raysys.plan.workload import CONSTANTS, NODES, Workload, load_constants, load_nodes, node_type, parse_count
+
+    sizes = [f"{name}={parse_count(getattr(arguments, name))}" for name in ("users", "items", "events")]
+    work = config.load(Workload, arguments.config, [*sizes, *arguments.overrides])
+    table = load_nodes(arguments.nodes or NODES)
+    constants = load_constants(arguments.constants or CONSTANTS)
+    cpu_node = node_type(table, arguments.prepare_node)
+    plans = {name: planner.plan(work, node_type(table, name), cpu_node, constants) for name in arguments.node}
+    if arguments.out:
+        storage.write_json(cluster.location(arguments.out, "--out"), plans)
+    if arguments.markdown:
+        print(planner.markdown(plans))
+        return []
+    rows = [row for name, plan in plans.items() for row in [("node", name), *planner.rows(plan)]]
+    return [*rows, ("measured", f"{constants.date}, commit {constants.commit}, {constants.machine}")]
 
 
 def _bench(arguments: argparse.Namespace) -> Rows:

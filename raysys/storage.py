@@ -5,6 +5,7 @@ renamed; object stores publish an object only when its upload is complete, so
 there a plain write has the same effect.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -32,10 +33,24 @@ def resolve(uri: str | os.PathLike) -> tuple[pafs.FileSystem, str]:
     text = os.fspath(uri)
     if "://" not in text:
         return pafs.LocalFileSystem(), os.path.abspath(text)
+    scheme, rest = text.split("://", 1)
+    path, mark, options = rest.partition("?")
+    authority, slash, inside = path.partition("/")
     try:
+        if scheme == "s3" and not authority:
+            raise pa.ArrowInvalid("it names no bucket")
+        if scheme == "s3":
+            # A client costs a lookup of the bucket's region and its own connections: one for all paths of a bucket.
+            filesystem, bucket = _open(f"{scheme}://{authority}{mark}{options}")
+            return filesystem, f"{bucket}{slash}{inside}".rstrip("/")
         return pafs.FileSystem.from_uri(text)
     except (pa.ArrowInvalid, OSError, NotImplementedError) as error:
         raise ConfigError(f"cannot open {text!r}: expected a local path or a file://, s3://, gs:// or hdfs:// URI ({error})") from None
+
+
+@functools.lru_cache(maxsize=32)
+def _open(root: str) -> tuple[pafs.FileSystem, str]:
+    return pafs.FileSystem.from_uri(root)
 
 
 def is_local(uri: str | os.PathLike) -> bool:
@@ -45,8 +60,30 @@ def is_local(uri: str | os.PathLike) -> bool:
 
 
 def join(uri: str | os.PathLike, *parts: str) -> str:
-    """Append path parts to a path or URI."""
-    return "/".join([os.fspath(uri).rstrip("/"), *(part.strip("/") for part in parts)])
+    """Append path parts to a path or URI; options of a URI (`?endpoint_override=...`) stay at its end."""
+    path, options = split_options(uri)
+    return "/".join([path.rstrip("/"), *(part.strip("/") for part in parts)]) + options
+
+
+def beside(uri: str | os.PathLike, suffix: str) -> str:
+    """The path or URI with `suffix` appended to its last name: where work in progress stands until it becomes `uri`."""
+    path, options = split_options(uri)
+    return path.rstrip("/") + suffix + options
+
+
+def relative(uri: str | os.PathLike, base: str | os.PathLike) -> str:
+    """The part of a path or URI below `base`, without options; the whole where it is not below it."""
+    path, folder = split_options(uri)[0], split_options(base)[0]
+    return path[len(folder) :].lstrip("/") if path.startswith(folder) else path
+
+
+def split_options(uri: str | os.PathLike) -> tuple[str, str]:
+    """A path or URI without its options, and the options with their question mark; a local path has none."""
+    text = os.fspath(uri)
+    if "://" not in text:
+        return text, ""
+    path, mark, options = text.partition("?")
+    return path, mark + options
 
 
 def exists(uri: str) -> bool:

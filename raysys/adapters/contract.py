@@ -33,7 +33,7 @@ class ContractWriter:
         self.time = "utc"
         self.notes: list[str] = []
         self.extra: dict[str, Any] = {}
-        self._work = f"{self.out}.tmp-{secrets.token_hex(4)}"
+        self._work = storage.beside(out, f".tmp-{secrets.token_hex(4)}")
         self._rows: dict[str, int] = {}
         self._columns: dict[str, list[str]] = {}
         self._shard = self._shard_rows = 0

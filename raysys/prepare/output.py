@@ -55,8 +55,7 @@ def working_folder(out: str, key: str) -> Iterator[str]:
     cluster that went away) leaves it, and the next call with the same key finds its files there.
     One call at a time may prepare to one `out`.
     """
-    out = out.rstrip("/")
-    work = f"{out}.work-{key}"
+    work = storage.beside(out, f".work-{key}")
     storage.make_dir(work)
     try:
         yield work
@@ -73,7 +72,6 @@ def recover(out: str) -> None:
     Raises:
         ConfigError: `out` holds something that is not a prepared set.
     """
-    out = out.rstrip("/")
     for work in _beside(out, "work"):
         if storage.exists(storage.join(work, MANIFEST)):
             _replace(work, out)
@@ -110,5 +108,7 @@ def _remove_leftovers(out: str) -> None:
 
 
 def _beside(out: str, kind: str) -> list[str]:
-    parent, _, name = out.rpartition("/")
-    return [storage.join(parent or "/", found) for found in storage.list_dir(parent or "/") if found.startswith(f"{name}.{kind}-")]
+    path, options = storage.split_options(out)
+    parent, _, name = path.rstrip("/").rpartition("/")
+    parent = (parent or "/") + options
+    return [storage.join(parent, found) for found in storage.list_dir(parent) if found.startswith(f"{name}.{kind}-")]

@@ -131,7 +131,7 @@ def open_sources(data: str, uris: list[str]) -> list[SourceFile]:
 
 
 def _open_interactions(base: str, rank: int, uri: str) -> SourceFile:
-    name = uri[len(base) :].lstrip("/") if uri.startswith(base) else uri
+    name = storage.relative(uri, base)
     header = read_header(uri, name)
     columns, notes = map_columns(header.schema.names, name, COLUMN_ALIASES, (*REQUIRED_INTERACTION_COLUMNS, *OPTIONAL_INTERACTION_COLUMNS))
     missing = [column for column in REQUIRED_INTERACTION_COLUMNS if column not in columns]
@@ -200,7 +200,7 @@ def read_header(uri: str, name: str) -> Header:
         groups = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
         return Header("parquet", schema, ",", metadata.num_rows, info.size, info.mtime_ns or 0, groups)
     try:
-        with filesystem.open_input_stream(path, compression="gzip" if uri.endswith(".gz") else None) as stream:
+        with filesystem.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None) as stream:
             first = stream.read(1 << 16).split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r")
     except (UnicodeDecodeError, OSError) as error:
         raise SchemaError(f"{name}: expected UTF-8 text with a header line ({_one_line(error)}); convert the file to UTF-8") from None
@@ -282,7 +282,8 @@ def check_type(column: str, kind: pa.DataType, name: str) -> None:
 
 
 def _format(name: str) -> str | None:
-    return next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)
+    path, _ = storage.split_options(name)
+    return next((kind for suffix, kind in SUFFIXES.items() if path.endswith(suffix)), None)
 
 
 def _one_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 @ray.remote(num_cpus=0)
@@ -31,7 +32,9 @@ class ProgressBoard:
 @contextlib.contextmanager
 def printed_progress(print_line: Callable[[str], None], *, interval_s: float = 0.5) -> Iterator["ray.actor.ActorHandle"]:
     """A board whose lines are printed in the driver while the block runs."""
-    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    # On the driver's node: workers wait for the board, so on another one its death would be theirs.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     done = threading.Event()
 
     def drain() -> None:

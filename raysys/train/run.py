@@ -74,7 +74,7 @@ def train(
     lengths = np.diff(prepared.sequences().train().indptr) if survey is None else survey.lengths
     settings = with_data_defaults(settings, given, lengths, prepared.num_items)
     workers, cpus = _resources(settings)
-    work = f"{out.rstrip('/')}.work"
+    work = storage.beside(out, ".work")
     name = _run_name(prepared, settings, fit)
     plan = Plan(
         prepared_uri=prepared_uri,

@@ -1,0 +1,205 @@
+"""The road on several nodes, with nothing shared but an S3 server: a node dies, and the result is what it is undisturbed.
+
+Three Ray nodes, the head without CPUs for tasks, two with one CPU and one logical GPU. Every node has a home of its own,
+so what one of them leaves in its cache another cannot find. Data, prepared sets, checkpoints and bundles are on S3 alone.
+A killed node is replaced, as an autoscaler would do it.
+"""
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from raysys import storage
+from raysys.adapters import import_dataset
+from raysys.bundle import Bundle
+from raysys.prepare.config import PrepareConfig
+from raysys.prepare.run import prepare
+from raysys.train.config import load_train_config
+from raysys.train.run import train
+from raysys.train.tune import tune
+
+SETTINGS = [
+    "interest={dim: 16, num_layers: 1, max_length: 16, dropout: 0.1}",
+    "encoder={epochs: 6, batch_size: 32, lr: 5e-3, warmup_steps: 5, validate_every: 1}",
+    "ranker.epochs=1",
+    "dot_product.steps=20",
+    "refit_epochs=2",
+    "num_candidates=30",
+    "sources=[interest, covisit, popularity]",
+]
+TWO_GPUS = ["scaling={workers: 2, use_gpu: true, cpus_per_worker: 1}"]
+
+
+class Nodes:
+    """A head and two workers; `kill_when` kills a worker node once something has happened, and brings another."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.count = folder, 0
+        self.cluster = Cluster(
+            initialize_head=True,
+            shutdown_at_exit=False,  # its signal handlers can be set in the main thread only, and a thread adds nodes; stop() cleans up
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "env_vars": self.home()},
+        )
+        ray.init(address=self.cluster.address, log_to_driver=False)
+        self.workers = [self.add(), self.add()]
+
+    def home(self) -> dict[str, str]:
+        self.count += 1
+        return {"RAYSYS_HOME": str(self.folder / f"node-{self.count}")}
+
+    def add(self):
+        return self.cluster.add_node(num_cpus=1, num_gpus=1, env_vars=self.home())
+
+    def kill_when(self, happened: Callable[[], bool], *, timeout_s: float = 120.0) -> "Killing":
+        return Killing(self, happened, timeout_s)
+
+    def stop(self) -> None:
+        ray.shutdown()
+        self.cluster.shutdown()
+
+
+class Killing(threading.Thread):
+    """As a context: the block must live through the death of a node, and the death must have taken place in it."""
+
+    def __init__(self, nodes: Nodes, happened: Callable[[], bool], timeout_s: float):
+        super().__init__(daemon=True)
+        self.nodes, self.happened, self.deadline, self.killed_at = nodes, happened, time.monotonic() + timeout_s, 0.0
+
+    def run(self) -> None:
+        while time.monotonic() < self.deadline:
+            if self.happened():
+                self.nodes.cluster.remove_node(self.nodes.workers.pop(0), allow_graceful=False)
+                killed_at = time.monotonic()
+                self.nodes.workers.append(self.nodes.add())
+                self.killed_at = killed_at
+                return
+            time.sleep(0.05)
+
+    def __enter__(self) -> "Killing":
+        self.start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        ended = time.monotonic()
+        if kind is None:
+            self.join(timeout=30)
+            assert 0 < self.killed_at < ended, "the work was over before a node died"
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """Options of a URI on an S3 server of this test; bucket `shared`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-c", f"from moto.server import main; main(['-p', '{port}'])"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    endpoint = f"127.0.0.1:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_EC2_METADATA_DISABLED": "true"}.items():
+            patch.setenv(name, value)
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"http://{endpoint}/moto-api/", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        urllib.request.urlopen(urllib.request.Request(f"http://{endpoint}/shared", method="PUT"), timeout=5).close()
+        yield f"endpoint_override={endpoint}&scheme=http&region=us-east-1"
+    server.terminate()
+    server.wait(10)
+
+
+@pytest.fixture(scope="module")
+def at(s3) -> Callable[[str], str]:
+    """URI of a name on the shared store."""
+    return lambda name: f"s3://shared/{name}?{s3}"
+
+
+@pytest.fixture(scope="module")
+def nodes(s3, tmp_path_factory):
+    started = Nodes(tmp_path_factory.mktemp("nodes"))
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def data(at) -> str:
+    import_dataset("synthetic", None, at("data"), users=400, items=80, events=6000, seed=3)
+    return at("data")
+
+
+@pytest.fixture(scope="module")
+def prepared(nodes, data, at) -> str:
+    prepare(data, at("prepared"), split="leave-one-out", config=PrepareConfig(partitions=2), progress=False)
+    return at("prepared")
+
+
+def item_vectors(uri: str) -> np.ndarray:
+    return Bundle.open(uri).models["interest"].item_vectors
+
+
+def test_prepare_on_a_shared_store(nodes, data, prepared, at):
+    """Two partitions on two nodes read and write S3 and nothing else; one partition on one node gives the same set."""
+    alone = prepare(data, at("prepared-1"), config=PrepareConfig(partitions=1), progress=False)
+    manifest = storage.read_json(storage.join(prepared, "manifest.json"))
+    assert manifest["fingerprint"] == alone["fingerprint"] and manifest["counts"]["train"] > 4000
+    assert not [name for name in storage.list_dir(at("")) if ".tmp-" in name or ".old-" in name]
+
+
+@pytest.mark.slow
+def test_a_node_dies_during_prepare(nodes, at):
+    import_dataset("synthetic", None, at("more"), users=20_000, items=2000, events=600_000, seed=4)
+    settings = PrepareConfig(partitions=8)
+    undisturbed = prepare(at("more"), at("more-0"), config=settings, progress=False)
+    started = time.monotonic()
+    with nodes.kill_when(lambda: time.monotonic() - started > 1.5):
+        disturbed = prepare(at("more"), at("more-1"), config=settings, progress=False)
+    assert disturbed["fingerprint"] == undisturbed["fingerprint"]
+    assert sorted(storage.list_files(at("more-1"))) == sorted(storage.list_files(at("more-0")))
+
+
+@pytest.mark.slow
+def test_a_node_dies_during_training(nodes, prepared, at):
+    settings, given = load_train_config(None, [*SETTINGS, *TWO_GPUS])
+    undisturbed = train(prepared, at("bundle-0"), settings, given=given, seed=1, quiet=True)
+
+    def has_checkpoint() -> bool:
+        return any(name.endswith("state.pt") or "checkpoint" in name for name in storage.list_files(at("bundle-1.work")))
+
+    with nodes.kill_when(has_checkpoint):
+        disturbed = train(prepared, at("bundle-1"), settings, given=given, seed=1, quiet=True)
+    assert disturbed["metrics"]["validation"] == pytest.approx(undisturbed["metrics"]["validation"], abs=1e-6)
+    np.testing.assert_allclose(item_vectors(at("bundle-1")), item_vectors(at("bundle-0")), atol=1e-6)
+    assert not storage.exists(at("bundle-1.work"))
+
+
+@pytest.mark.slow
+def test_a_node_dies_during_a_search(nodes, prepared, at):
+    overrides = [*SETTINGS, "scaling={use_gpu: true, cpus_per_worker: 1}"]
+    tune(prepared, at("tuned-0"), config_uri=None, overrides=overrides, samples=3, seed=0)
+
+    def has_result() -> bool:
+        return any(name.endswith("result.json") for name in storage.list_files(at("tuned-1/work")))
+
+    with nodes.kill_when(has_result):
+        tune(prepared, at("tuned-1"), config_uri=None, overrides=overrides, samples=3, seed=0)
+    undisturbed, disturbed = (storage.read_json(storage.join(at(name), "trials.json")) for name in ("tuned-0", "tuned-1"))
+    assert [trial["error"] for trial in disturbed["trials"]] == [None] * 3
+    # ASHA decides by who comes first, so what a trial came to is compared for the epochs that both ran.
+    for first, second in zip(undisturbed["trials"], disturbed["trials"], strict=True):
+        both = min(len(first["loss"]), len(second["loss"]))
+        assert both > 0 and first["loss"][:both] == pytest.approx(second["loss"][:both], abs=1e-5)
