@@ -32,8 +32,8 @@ WORDS = (
 ).split()
 
 
-HEAVY_SESSIONS = 1000
-"""The heavy user's time is cut into at most so many stretches that are simulated side by side."""
+HEAVY_SESSIONS, SESSION_EVENTS = 1000, 50
+"""The heavy user's time is cut into at most so many stretches, of at least about so many events, that are simulated side by side."""
 
 
 def generate(writer: ContractWriter, *, users: int, items: int, events: int, seed: int, files: int = 0, heavy_user: float = 0.0) -> None:
@@ -172,7 +172,7 @@ class _Block:
     @classmethod
     def of_one(cls, rng: np.random.Generator, user: int, since: float, share: float, events: int, world: _World) -> "_Block":
         """A stretch of one user's time, `since` and `share` of SPAN_S, cut into sessions one after the other."""
-        sessions = min(HEAVY_SESSIONS, events)
+        sessions = max(1, min(HEAVY_SESSIONS, events // SESSION_EVENTS))
         tastes = np.tile(np.arange(min(TASTES, world.clusters)), (sessions, 1))
         lengths = np.diff(np.linspace(0, events, sessions + 1).astype(np.int64))
         width = SPAN_S * share / sessions

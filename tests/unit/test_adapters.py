@@ -196,6 +196,26 @@ def test_synthetic_data_are_reproducible_and_in_time_order(tmp_path):
     assert first.group_by("user_id").agg(pl.col("timestamp").diff().min() > 0)["timestamp"].drop_nulls().all()
 
 
+def test_synthetic_files_by_time_and_one_heavy_user(tmp_path, monkeypatch):
+    monkeypatch.setattr("raysys.adapters.synthetic.BLOCK_EVENTS", 700)
+    sizes = {"users": 200, "items": 50, "events": 10_000, "files": 4, "heavy_user": 0.2, "seed": 1}
+    events, truth = synthetic(tmp_path, **sizes)
+    assert len(events) == truth["events"] == pytest.approx(10_000, rel=0.03)
+    heavy = events.filter(pl.col("user_id") == truth["heavy_user"])
+    assert len(heavy) == 2000
+    files = [pl.read_parquet(file) for file in sorted((tmp_path / "out" / "interactions").iterdir())]
+    assert len(files) == 4
+    for earlier, later in zip(files, files[1:]):
+        assert earlier["timestamp"].max() < later["timestamp"].min()
+    assert min(file["user_id"].n_unique() for file in files[:3]) > 50  # every file has events of many users
+    # The heavy user follows the same rule as the others.
+    cluster = (heavy.sort("timestamp", maintain_order=True)["item_id"].str.slice(1).cast(pl.Int64) % truth["clusters"]).to_numpy()
+    follows = (np.array(truth["successor"])[cluster[:-1]] == cluster[1:]).mean()
+    assert follows == pytest.approx(truth["successor_rate_expected"], abs=0.06)
+    with pytest.raises(ConfigError, match=r"heavy-user in \[0, 1\)"):
+        synthetic(tmp_path, **sizes | {"heavy_user": 1.0})
+
+
 @pytest.mark.parametrize("sizes", [{"users": 0}, {"items": 1}, {"users": 10, "events": 9}, {"seed": -1}])
 def test_synthetic_sizes_are_checked(tmp_path, sizes):
     with pytest.raises(ConfigError, match="expected users >= 1, items >= 2"):
