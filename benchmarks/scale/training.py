@@ -1,6 +1,6 @@
 """Training at scale: throughput beside RecTools and RecBole, two workers against one, memory of a cut table, kills.
 
-    .venv/bin/python benchmarks/scale/training.py peers   --src Beauty.txt --rectools-python VENV/bin/python --recbole-python VENV/bin/python
+    .venv/bin/python benchmarks/scale/training.py peers   --src Beauty.txt --rectools-python PYTHON --recbole-python PYTHON
     .venv/bin/python benchmarks/scale/training.py workers --src Beauty.txt
     .venv/bin/python benchmarks/scale/training.py memory  --items 1000000
     .venv/bin/python benchmarks/scale/training.py kill    --prepared DIR --kills 20
@@ -108,7 +108,13 @@ def peers(arguments: argparse.Namespace) -> None:
                 command = [arguments.rectools_python, str(here / "_peer_rectools.py"), arguments.src, loss, str(arguments.steps)]
                 rows.setdefault(f"rectools {loss}", []).append(answer(command)["epoch_s"])
         if arguments.recbole_python:
-            command = [arguments.recbole_python, str(here / "_peer_recbole.py"), arguments.src, str(targets // per_epoch), str(arguments.steps)]
+            command = [
+                arguments.recbole_python,
+                str(here / "_peer_recbole.py"),
+                arguments.src,
+                str(targets // per_epoch),
+                str(arguments.steps),
+            ]
             rows.setdefault("recbole softmax", []).append(answer(command)["epoch_s"])
     print(f"\n{users:,} sequences, {targets:,} targets an epoch, {num_items:,} items")
     print(f"{'':<18}{'s an epoch':>12}{'targets/s':>12}{'sequences/s':>13}{'raysys is':>12}")
@@ -180,7 +186,9 @@ def memory(arguments: argparse.Namespace) -> None:
     peaks = {cut: max(one["peak"] for one in ranks) for cut, ranks in found.items()}
     base = max(one["before"] for one in found[True])
     print(f"table of {arguments.items:,} x {SHAPE.dim} float32: {arguments.items * SHAPE.dim * 4 / 2**20:,.0f} MiB")
-    print(f"peak a worker, whole {peaks[False] / 2**20:,.0f} MiB, cut over 2 {peaks[True] / 2**20:,.0f} MiB: {peaks[True] / peaks[False]:.2f}x")
+    print(
+        f"peak a worker, whole {peaks[False] / 2**20:,.0f} MiB, cut over 2 {peaks[True] / 2**20:,.0f} MiB: {peaks[True] / peaks[False]:.2f}x"
+    )
     print(f"without the {base / 2**20:,.0f} MiB of an idle worker: {(peaks[True] - base) / (peaks[False] - base):.2f}x")
 
 
@@ -195,7 +203,9 @@ def kill(arguments: argparse.Namespace) -> None:
     from raysys.train.run import train
 
     settings: TrainConfig
-    settings, given = load_train_config(None, ["encoder.epochs=6", "refit_epochs=2", "encoder.checkpoint_steps=20", "scaling.max_failures=5"])
+    settings, given = load_train_config(
+        None, ["encoder.epochs=6", "refit_epochs=2", "encoder.checkpoint_steps=20", "scaling.max_failures=5"]
+    )
     settings = dataclasses.replace(settings, scaling=dataclasses.replace(settings.scaling, workers=arguments.workers))
     folder = tempfile.mkdtemp()
     pick = random.Random(arguments.seed)
