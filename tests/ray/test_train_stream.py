@@ -20,7 +20,7 @@ from tests.ray.test_train import fit, losses
 
 NUM_ITEMS = planted.NUM_CLUSTERS * planted.CLUSTER_ITEMS
 SETTINGS = TrainConfig(scaling=ScalingConfig(input="stream", shuffle_events=300))
-STREAM = ["scaling.input=stream", "scaling.shuffle_events=300", "interest.dropout=0"]
+STREAM = ["scaling.input=stream", "scaling.shuffle_events=900", "interest.dropout=0", "encoder.epochs=4", "refit_epochs=1"]
 
 
 def in_files(folder: str, sequences, *, num_files: int = 3) -> Prepared:
