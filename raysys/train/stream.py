@@ -30,7 +30,7 @@ from raysys.train.parts import MAX_HISTORY, MAX_VALIDATION_QUERIES, Judged, Part
 
 TASKS = 2
 """Pools that are cut at the same time for one rank."""
-PIPELINE_POOLS = 500
+PIPELINE_POOLS = 64
 """Pools that one Ray Data pipeline is asked for at most, unless an epoch has more."""
 
 
