@@ -10,7 +10,7 @@ give a pool to whichever rank asks first, and could neither take another order i
 the next epoch nor start in the middle of one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -126,7 +126,7 @@ class Streamed:
 
     def __init__(self, uri: str, survey: Survey, settings: TrainConfig, stage: str):
         self.uri, self.survey, self.settings, self.stage = uri, survey, settings, stage
-        self._ahead: tuple[dict, Iterator[dict]] | None = None  # a pipeline that goes on with the next epoch
+        self._ahead: tuple[dict, Generator[dict]] | None = None  # a pipeline that goes on with the next epoch
         self._left = 0  # epochs that it still has
 
     def pools(
@@ -155,7 +155,13 @@ class Streamed:
         self._left -= 1
         self._ahead = ({**asked, "epoch": epoch + 1, "first": 0}, rows) if self._left else None
 
-    def _pipeline(self, todo: list[tuple[int, int]], plans: dict[int, list[list[Fragment]]], options: dict) -> Iterator[dict]:
+    def close(self) -> None:
+        """See `Source`."""
+        if self._ahead is not None:
+            self._ahead[1].close()
+            self._ahead = None
+
+    def _pipeline(self, todo: list[tuple[int, int]], plans: dict[int, list[list[Fragment]]], options: dict) -> Generator[dict]:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
