@@ -1,6 +1,6 @@
 """Training at scale: throughput beside RecTools and RecBole, two workers against one, memory of a cut table, kills.
 
-    .venv/bin/python benchmarks/scale/training.py peers   --src Beauty.txt --rectools-python VENV/bin/python --recbole-python VENV/bin/python
+    .venv/bin/python benchmarks/scale/training.py peers   --src Beauty.txt --rectools-python PYTHON --recbole-python PYTHON
     .venv/bin/python benchmarks/scale/training.py workers --src Beauty.txt
     .venv/bin/python benchmarks/scale/training.py memory  --items 1000000
     .venv/bin/python benchmarks/scale/training.py kill    --prepared DIR --kills 20
@@ -186,9 +186,8 @@ def memory(arguments: argparse.Namespace) -> None:
     peaks = {cut: max(one["peak"] for one in ranks) for cut, ranks in found.items()}
     base = max(one["before"] for one in found[True])
     print(f"table of {arguments.items:,} x {SHAPE.dim} float32: {arguments.items * SHAPE.dim * 4 / 2**20:,.0f} MiB")
-    print(
-        f"peak a worker, whole {peaks[False] / 2**20:,.0f} MiB, cut over 2 {peaks[True] / 2**20:,.0f} MiB: {peaks[True] / peaks[False]:.2f}x"
-    )
+    whole, cut = peaks[False] / 2**20, peaks[True] / 2**20
+    print(f"peak a worker, whole {whole:,.0f} MiB, cut over 2 {cut:,.0f} MiB: {cut / whole:.2f}x")
     print(f"without the {base / 2**20:,.0f} MiB of an idle worker: {(peaks[True] - base) / (peaks[False] - base):.2f}x")
 
 

@@ -100,6 +100,10 @@ class Source(Protocol):
         """About how many windows an epoch has."""
         ...
 
+    def close(self) -> None:
+        """No further epoch is wanted; whatever works ahead stops."""
+        ...
+
 
 @dataclass(frozen=True)
 class InMemory:
@@ -118,6 +122,9 @@ class InMemory:
     def num_windows(self, max_length: int) -> int:
         """See `Source`."""
         return num_windows(np.diff(self.sequences.indptr), max_length)
+
+    def close(self) -> None:
+        """See `Source`; nothing works ahead."""
 
 
 def pool_rng(seed: int, epoch: int, pool: int) -> np.random.Generator:

@@ -319,6 +319,7 @@ class Worker:
         elif "encoder" in self.saved.rows:
             self._fill(encoder, self.saved.rows["encoder"])
         self.saved.drop("encoder", "training/", "encoder/")
+        source = self._source(stage)
         log = MetricsLog(self.settings.logging, self.plan.run, stage, self.rank)
         training: EncoderTraining
 
@@ -336,7 +337,7 @@ class Worker:
 
         training = EncoderTraining(
             encoder,
-            self._source(stage),
+            source,
             schedule or self.settings.encoder,
             seed=self.settings.seed,
             parallel=self.parallel,
@@ -350,6 +351,7 @@ class Worker:
         if resume is not None:
             training.resume(resume)
         result = training.run()
+        source.close()
         log.close()
         self.state.pop("training", None)
         dense = {name: whole(value.detach()).cpu() for name, value in encoder.named_parameters() if name != "items.weight"}

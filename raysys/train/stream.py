@@ -10,7 +10,7 @@ give a pool to whichever rank asks first, and could neither take another order i
 the next epoch nor start in the middle of one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import ray.data
 
 from raysys import storage
+from raysys.errors import RaysysError
 from raysys.prepare.dataset import SEQUENCES, Prepared, Sequences, to_sequences
 from raysys.queries import Queries
 from raysys.schema import SPLIT_TRAIN, UNKNOWN_ITEM
@@ -29,6 +30,8 @@ from raysys.train.parts import MAX_HISTORY, MAX_VALIDATION_QUERIES, Judged, Part
 
 TASKS = 2
 """Pools that are cut at the same time for one rank."""
+PIPELINE_POOLS = 64
+"""Pools that one Ray Data pipeline is asked for at most, unless an epoch has more."""
 
 
 @dataclass(frozen=True)
@@ -111,47 +114,60 @@ def read_fragments(uri: str, fragments: list[Fragment]) -> Sequences:
     return to_sequences(pa.concat_tables(tables).combine_chunks())
 
 
-@dataclass(frozen=True)
 class Streamed:
     """One stage's histories as a `batches.Source`.
 
-    Attributes:
+    Args:
         uri: the prepared set.
         survey: of it.
         settings: of the training.
         stage: which part of each history is learnt from; see `Parts.of`.
     """
 
-    uri: str
-    survey: Survey
-    settings: TrainConfig
-    stage: str
+    def __init__(self, uri: str, survey: Survey, settings: TrainConfig, stage: str):
+        self.uri, self.survey, self.settings, self.stage = uri, survey, settings, stage
+        self._ahead: tuple[dict, Generator[dict]] | None = None  # a pipeline that goes on with the next epoch
+        self._left = 0  # epochs that it still has
 
     def pools(
         self, *, max_length: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
     ) -> Iterator[Pool]:
         """See `Source`. Runs a Ray Data pipeline beside the training; its tasks take no CPU slots, the workers have them all."""
-        plan = self.plan(seed, epoch)
-        if first >= len(plan):
-            return
-        cut = partial(
-            _cut,
-            uri=self.uri,
-            part=self.part(),
-            max_length=max_length,
-            batch_size=batch_size,
-            seed=seed,
-            epoch=epoch,
-            rank=rank,
-            world_size=world_size,
-        )
+        options = {"max_length": max_length, "batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size}
+        asked = {**options, "epoch": epoch, "first": first}
+        num_pools = len(self.plan(seed, epoch))
+        # The processes of a pipeline take seconds to start, so one serves several epochs where they are short.
+        if self._ahead is not None and self._ahead[0] == asked:
+            rows = self._ahead[1]
+        else:
+            self._left = max(1, PIPELINE_POOLS // num_pools)
+            plans = {later: self.plan(seed, later) for later in range(epoch, epoch + self._left)}
+            todo = [(later, pool) for later, plan in plans.items() for pool in range(first if later == epoch else 0, len(plan))]
+            rows = self._pipeline(todo, plans, options)
+        self._ahead = None
+        for _ in range(first, num_pools):
+            row = next(rows, None)
+            if row is None:
+                raise RaysysError(
+                    f"{self.uri}: expected {num_pools} pools of epoch {epoch}, the stream ended early; see the log of Ray Data"
+                )
+            yield Pool(**row)
+        self._left -= 1
+        self._ahead = ({**asked, "epoch": epoch + 1, "first": 0}, rows) if self._left else None
+
+    def close(self) -> None:
+        """See `Source`."""
+        if self._ahead is not None:
+            self._ahead[1].close()
+            self._ahead = None
+
+    def _pipeline(self, todo: list[tuple[int, int]], plans: dict[int, list[list[Fragment]]], options: dict) -> Generator[dict]:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
-        rows = [{"pool": pool, "fragments": [vars(fragment) for fragment in plan[pool]]} for pool in range(first, len(plan))]
-        pools = ray.data.from_items(rows, override_num_blocks=len(rows)).map(cut, num_cpus=0, concurrency=TASKS)
-        for row in pools.iter_rows():
-            yield Pool(**row)
+        rows = [{"epoch": epoch, "pool": pool, "fragments": [vars(one) for one in plans[epoch][pool]]} for epoch, pool in todo]
+        cut = partial(_cut, uri=self.uri, part=self.part(), **options)
+        yield from ray.data.from_items(rows, override_num_blocks=len(rows)).map(cut, num_cpus=0, concurrency=TASKS).iter_rows()
 
     def plan(self, seed: int, epoch: int) -> list[list[Fragment]]:
         """The fragments of each pool of an epoch."""
@@ -187,12 +203,11 @@ def _cut(
     max_length: int,
     batch_size: int,
     seed: int,
-    epoch: int,
     rank: int,
     world_size: int,
 ) -> dict:
     sequences = part(read_fragments(uri, [Fragment(**fragment) for fragment in row["fragments"]]))
-    rng = pool_rng(seed, epoch, row["pool"])
+    rng = pool_rng(seed, row["epoch"], row["pool"])
     pool = cut_pool(sequences, max_length=max_length, batch_size=batch_size, rng=rng, rank=rank, world_size=world_size)
     return vars(pool.compact())
 

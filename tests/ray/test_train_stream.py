@@ -20,7 +20,7 @@ from tests.ray.test_train import fit, losses
 
 NUM_ITEMS = planted.NUM_CLUSTERS * planted.CLUSTER_ITEMS
 SETTINGS = TrainConfig(scaling=ScalingConfig(input="stream", shuffle_events=300))
-STREAM = ["scaling.input=stream", "scaling.shuffle_events=300", "interest.dropout=0"]
+STREAM = ["scaling.input=stream", "scaling.shuffle_events=900", "interest.dropout=0", "encoder.epochs=4", "refit_epochs=1"]
 
 
 def in_files(folder: str, sequences, *, num_files: int = 3) -> Prepared:
@@ -64,12 +64,16 @@ def test_epochs_hold_every_position_once_in_pools_of_other_fragments(prepared, s
     plans = [source.plan(3, epoch) for epoch in (1, 2)]
     assert plans[0] != plans[1] and [len(pool) for pool in plans[0]] == [1] * 9, "250 events a fragment, 300 a pool"
     pools = list(source.pools(**options, epoch=1))
+    source.close()
     train = Parts(prepared.sequences(), SETTINGS).train
     found = [pair for pool in pools for index in range(len(pool)) for pair in _pairs(pool.batch(index, NUM_ITEMS)[0])]
     expected = [pair for at in range(len(train)) for pair in _steps(train.items[train.indptr[at] : train.indptr[at + 1]].tolist())]
     assert sorted(found) == sorted(expected)
     # Another number of workers, from the middle of the epoch: the same global batches.
-    shares = [list(source.pools(**options, epoch=1, rank=rank, world_size=2, first=7)) for rank in range(2)]
+    shares = []
+    for rank in range(2):
+        shares.append(list(source.pools(**options, epoch=1, rank=rank, world_size=2, first=7)))
+        source.close()
     for pool, first, second in zip(pools[7:], *shares, strict=True):
         assert first.num_targets.tolist() == second.num_targets.tolist() == pool.num_targets.tolist()
         for index in range(len(pool)):
@@ -94,9 +98,13 @@ def test_workers_killed_inside_an_epoch_go_on_with_rows_cut_over_two(prepared, r
     board = Board.remote("fit epoch 3")
     _, told = fit(prepared.uri, tmp_path / "two", board=board, overrides=[*disturbed, "logging.every_steps=1"])
     assert any(line == "continuing from a checkpoint in stage fit" for line in told)
-    # Without dropout the only difference is the order of float additions.
-    assert losses(told)[-4:] == pytest.approx(losses(lines)[-4:], rel=0.02)
-    assert losses(told)[0] == pytest.approx(losses(lines)[0], rel=1e-3)
+    # Without dropout the only difference is the order of float additions. The third epoch is told of twice, because the
+    # kill comes before its checkpoint; the second too where its checkpoint did not count yet, as that takes a moment.
+    expected = losses(lines)
+    again = len(expected) + 3 - len(losses(told))
+    assert again in (1, 2)
+    assert losses(told) == pytest.approx([*expected[:3], *expected[again:]], rel=0.01)
+    assert losses(told, "refit") == pytest.approx(losses(lines, "refit"), rel=0.02)
     files = list(logs.rglob("events.out.tfevents.*"))
     curves = {file.parent.name: points(file.read_bytes()) for file in files if file.parent.name != "fit"}
     assert list(curves) == ["refit"] and {"loss", "lr", "gradient_norm", "epoch/loss"} <= set(curves["refit"])
