@@ -65,6 +65,9 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="all sizes times this; below 1 for a trial run")
     parser.add_argument("--repeats", type=int, default=3, help="medians of so many runs")
     arguments = parser.parse_args()
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # As raysys starts its workers; the OpenMP runtime reads it once, when torch is loaded.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
     torch.set_num_threads(os.cpu_count() or 1)
     sizes = (*FITTED, *CHECKED)
     facts: dict[str, float] = {}
