@@ -163,7 +163,7 @@ def test_prepare_on_a_shared_store(nodes, data, prepared, at):
 
 @pytest.mark.slow
 def test_a_node_dies_during_prepare(nodes, at):
-    import_dataset("synthetic", None, at("more"), users=20_000, items=2000, events=600_000, seed=4)
+    import_dataset("synthetic", None, at("more"), users=8000, items=1000, events=200_000, seed=4)
     settings = PrepareConfig(partitions=8)
     undisturbed = prepare(at("more"), at("more-0"), config=settings, progress=False)
     started = time.monotonic()
