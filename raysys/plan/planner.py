@@ -82,7 +82,7 @@ def _train(work: Workload, node: NodeType, constants: Constants) -> list[Figure]
             "",
             f"sharded where its states exceed half of {USABLE:g} of a worker's memory",
         ),
-        Figure(s, "hours an epoch", chosen.hours, "h", "steps * (fixed + encoder + loss + table + network)", "nothing overlaps"),
+        Figure(s, "hours an epoch", chosen.hours, "h", "steps * (fixed + encoder + loss + table + input + network)", "nothing overlaps"),
         Figure(s, "steps an epoch", chosen.steps, "", "windows / (batch_size * workers)", "histories cut into windows of max_length"),
     ]
     why = {
@@ -90,6 +90,10 @@ def _train(work: Workload, node: NodeType, constants: Constants) -> list[Figure]
         "encoder": ("3 * positions * layers * ((8 + 4f) D^2 + 2 L D) / (peak * share)", SHARES),
         "loss": ("3 * positions * 2 D columns / (peak * share)", SHARES),
         "table": ("rows touched * D * 4 bytes * passes / (bandwidth * share)", SHARES),
+        "input": (
+            "B L * bytes of the prepared set an event / (network * efficiency)",
+            "storage keeps up, and CPUs decode and pad for free",
+        ),
         "network": ("bytes / (link * efficiency)", f"{NETWORK_EFFICIENCY:g} of the link, assumed"),
     }
     figures += [Figure(s, f"step, {name}", value, "s", *why[name]) for name, value in chosen.seconds.items()]

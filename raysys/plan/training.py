@@ -137,6 +137,7 @@ def training_on(work: Workload, node: NodeType, constants: Constants, nodes: int
         "encoder": 3 * positions * forward / speed.encoder,
         "loss": 3 * positions * counts.loss_flops(work.dim, columns) / speed.loss,
         "table": moved / speed.memory,
+        "input": positions * constants.prepared_bytes_event / (node.network_bytes_s / max(1, node.accelerators) * NETWORK_EFFICIENCY),
         "network": sum(network.values()) / (link * NETWORK_EFFICIENCY) if workers > 1 else 0.0,
     }
     return TrainingPlan(nodes, workers, sharded, memory, network, seconds, max(1.0, epoch.windows / (work.batch_size * workers)))

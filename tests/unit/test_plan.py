@@ -96,6 +96,7 @@ def test_seconds_of_a_step_by_hand():
     assert plan.seconds["loss"] == pytest.approx(3 * 256 * 20 * 2 * 64 * 1025 / 400e9)
     assert plan.seconds["encoder"] == pytest.approx(3 * 256 * 20 * 2 * (12 * 64**2 + 2 * 20 * 64) / 200e9)
     assert plan.seconds["table"] == pytest.approx(100_000 * 64 * 20 * 4 / 40e9)
+    assert plan.seconds["input"] == pytest.approx(256 * 20 * 8 / 0.7e9)
     assert plan.seconds["network"] == 0 and plan.seconds["fixed"] == 1e-3
     assert plan.hours == pytest.approx(plan.steps * sum(plan.seconds.values()) / 3600)
 
