@@ -171,6 +171,7 @@ def base64_texts(page):
     return " ".join(re.findall(r"<!-- (.*?) -->", "".join(drawn)))
 
 
+@pytest.mark.slow  # trials take turns, and every turn starts a process
 def test_a_population_copies_what_learns(ray_cluster, prepared, tmp_path):
     """Of four trials three cannot learn at 1e-6 to 2e-6; they take over the weights of the one that does."""
     encoder = {**SMALL["encoder"], "epochs": 8, "validate_every": 1}
