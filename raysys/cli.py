@@ -81,10 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--time-budget", default=None, metavar="30m", help="stop in time and keep the best validation state")
     _add_config(command)
 
-    command = add("tune", _tune, "search settings with Ray Tune and ASHA")
+    command = add("tune", _tune, "search settings with Ray Tune: ASHA or PBT, random, grid or Optuna")
     _add_prepared(command)
     command.add_argument("--out", required=True)
-    command.add_argument("--samples", type=int, default=8)
+    command.add_argument("--samples", type=int, default=8, help="trials, the given settings among them (default: 8)")
+    command.add_argument("--compare", action="store_true", help="train winner and given settings whole, and compare them on the test part")
     command.add_argument("--seed", type=int, default=0)
     _add_config(command)
 
@@ -242,12 +243,18 @@ def _train(arguments: argparse.Namespace) -> Rows:
 
 
 def _tune(arguments: argparse.Namespace) -> Rows:
-    from raysys.train.tune import tune
+    from raysys.tune.run import tune
 
     prepared, out = cluster.location(arguments.prepared, "--prepared"), cluster.location(arguments.out, "--out")
     with cluster.connected():
         return tune(
-            prepared, out, config_uri=arguments.config, overrides=arguments.overrides, samples=arguments.samples, seed=arguments.seed
+            prepared,
+            out,
+            config_uri=arguments.config,
+            overrides=arguments.overrides,
+            samples=arguments.samples,
+            seed=arguments.seed,
+            compared=arguments.compare,
         )
 
 

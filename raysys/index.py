@@ -25,7 +25,7 @@ from raysys.errors import SchemaError
 
 QUERY_BLOCK, ITEM_BLOCK = 512, 1024
 """Scores of a block: 2 MiB of float32, in reach of a server core's caches."""
-CHUNK = 32
+CHUNK = 16
 """Scores that the scan rejects at once; divides ITEM_BLOCK."""
 DEVICE_ITEM_BLOCK = 16_384
 """Items of a block where torch computes: a GPU wants large products."""

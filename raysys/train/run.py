@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -90,7 +91,7 @@ def train(
         trainer = TorchTrainer(
             run_stages,
             train_loop_config={"plan": plan, "board": board},
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if settings.scaling.use_gpu and workers > 1 else "gloo"),
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers > 1 and _has_cuda(settings) else "gloo"),
             scaling_config=RayScalingConfig(
                 num_workers=_elastic(settings),  # type: ignore[arg-type]  # Ray Train takes a pair, its common signature does not say so
                 use_gpu=settings.scaling.use_gpu,
@@ -134,6 +135,13 @@ def _resources(settings: TrainConfig) -> tuple[int, int]:
             "lower scaling.workers or scaling.cpus_per_worker"
         )
     return scaling.workers, cpus
+
+
+def _has_cuda(settings: TrainConfig) -> bool:
+    """Whether torch can use a GPU where the workers will run; a node may offer GPUs to Ray while its torch was built without CUDA."""
+    if not settings.scaling.use_gpu:
+        return False
+    return ray.get(ray.remote(num_gpus=1, num_cpus=0)(torch.cuda.is_available).remote())
 
 
 def _elastic(settings: TrainConfig) -> int | tuple[int, int]:

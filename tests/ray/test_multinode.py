@@ -26,7 +26,7 @@ from raysys.prepare.config import PrepareConfig
 from raysys.prepare.run import prepare
 from raysys.train.config import load_train_config
 from raysys.train.run import train
-from raysys.train.tune import tune
+from raysys.tune.run import tune
 
 SETTINGS = [
     "interest={dim: 16, num_layers: 1, max_length: 16, dropout: 0.1}",

@@ -3,10 +3,13 @@ import json
 import pytest
 import yaml
 
+from raysys import config
 from raysys.errors import ConfigError
 from raysys.prepare.dataset import Prepared
 from raysys.train.config import TrainConfig, load_train_config
-from raysys.train.tune import DEFAULT_SEARCH, draw, read_search, tune
+from raysys.tune.config import TuneConfig
+from raysys.tune.run import tune
+from raysys.tune.space import DEFAULT_SEARCH, draw, grid, read_search
 from tests import planted
 from tests.prepared import leave_one_out, write_prepared
 
@@ -34,7 +37,7 @@ def test_the_best_of_a_few_trials_is_left_for_train(ray_cluster, prepared, tmp_p
     )
     out = tmp_path / "tuned"
     rows = dict(tune(prepared, str(out), config_uri=settings, overrides=["encoder.weight_decay=0.001"], samples=4, seed=3))
-    assert sorted(path.name for path in out.iterdir()) == ["best.yaml", "trials.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["best.yaml", "plan.json", "report.html", "trials", "trials.json"]
 
     report = json.loads((out / "trials.json").read_text())
     trials = report["trials"]
@@ -44,7 +47,7 @@ def test_the_best_of_a_few_trials_is_left_for_train(ray_cluster, prepared, tmp_p
     assert trials[0]["best"] == max(trials[0]["ndcg@10"]) > 0.3
     assert trials[0]["loss"][-1] < trials[0]["loss"][0] - 0.5
     assert all(trial["settings"]["encoder.lr"] == 1e-6 and 0.1 <= trial["settings"]["interest.dropout"] <= 0.2 for trial in trials[1:])
-    stopped = [trial for trial in trials[1:] if trial["stopped"] == "ASHA"]
+    stopped = [trial for trial in trials[1:] if trial["stopped"] == "scheduler"]
     assert stopped and all(len(trial["ndcg@10"]) == trial["epochs"] < EPOCHS for trial in stopped)
     assert all(trial["best"] < 0.2 for trial in trials[1:])
 
@@ -92,6 +95,14 @@ def test_wrong_settings_are_refused_before_anything_starts(prepared, tmp_path):
             tune(prepared, str(tmp_path), config_uri=write_config(tmp_path, **values), overrides=list(overrides), samples=samples, seed=0)
 
     refused("unknown setting 'serach'; did you mean 'sources'|unknown setting 'serach'", serach={})
+    refused(
+        "search.encoder.lr: expected choice: .* for algorithm 'grid'",
+        tune={"algorithm": "grid"},
+        search={"encoder.lr": {"uniform": [1, 2]}},
+    )
+    refused("search.interest.dim: cannot be searched with scheduler 'pbt'", tune={"scheduler": "pbt"})
+    refused("tune.scheduler: expected one of 'asha', 'pbt', 'none', got 'hyperband'", tune={"scheduler": "hyperband"})
+    refused("tune: expected cpus_per_trial > 0", tune={"cpus_per_trial": 0})
     refused("--samples: expected at least 1, got 0", samples=0)
     refused("search.encoder.lr: expected", overrides=["search.encoder.lr=fast"])
     # Each value alone is possible, together they are not.
@@ -114,6 +125,92 @@ def test_the_default_space_and_the_example_are_possible(prepared):
     from pathlib import Path
 
     example = yaml.safe_load((Path(__file__).parents[2] / "configs" / "tune.yaml").read_text())
-    assert read_search(example.pop("search"))
+    assert read_search(example.pop("search")) and config.from_dict(TuneConfig, example.pop("tune"))
     assert load_train_config(None, [f"{key}={json.dumps(value)}" for key, value in example.items()])[0] != TrainConfig()
     assert Prepared.open(prepared).num_items == 120
+
+
+SMALL = {
+    "interest": {"dim": 16, "num_layers": 1, "max_length": 16},
+    "encoder": {"epochs": 4, "lr": 5e-3, "batch_size": 32, "warmup_steps": 5, "patience": 9, "validate_every": 1},
+}
+
+
+def test_a_sweep_goes_on_with_the_trials_that_are_missing(ray_cluster, prepared, tmp_path, capfd):
+    """Optuna, half a CPU a trial; one record is taken away and one is marked, as after a kill."""
+    search = {"encoder.lr": {"loguniform": [1e-4, 1e-2]}, "interest.dropout": {"choice": [0.1, 0.3]}}
+    settings = write_config(tmp_path, **SMALL, search=search, tune={"algorithm": "optuna", "cpus_per_trial": 0.5})
+    out = tmp_path / "tuned"
+
+    def sweep(**more):
+        return tune(prepared, str(out), config_uri=settings, overrides=[], samples=3, seed=1, **more)
+
+    sweep()
+    records = sorted((out / "trials").iterdir())
+    assert [path.name for path in records] == ["trial-0000.json", "trial-0001.json", "trial-0002.json"]
+    marked = json.loads(records[2].read_text()) | {"seconds": 12345.0}
+    records[2].write_text(json.dumps(marked))
+    records[1].unlink()
+    capfd.readouterr()
+    sweep()
+    printed = capfd.readouterr().out
+    assert "going on: 2 of 3 trials are there" in printed and "trial 1: ndcg@10" in printed and "1 of 1 done" in printed
+    report = json.loads((out / "trials.json").read_text())
+    assert [trial["trial"] for trial in report["trials"]] == [0, 1, 2] and report["trials"][2]["seconds"] == 12345.0
+    page = (out / "report.html").read_text()
+    assert "Parallel coordinates" in base64_texts(page) and "<script" not in page and "trial" in page
+    with pytest.raises(ConfigError, match="holds another sweep .seed differ"):
+        tune(prepared, str(out), config_uri=settings, overrides=[], samples=3, seed=2)
+
+
+def base64_texts(page):
+    import base64
+    import re
+
+    drawn = [base64.b64decode(found).decode() for found in re.findall(r"base64,([^']+)'", page)]
+    return " ".join(re.findall(r"<!-- (.*?) -->", "".join(drawn)))
+
+
+@pytest.mark.slow  # trials take turns, and every turn starts a process
+def test_a_population_copies_what_learns(ray_cluster, prepared, tmp_path):
+    """Of four trials three cannot learn at 1e-6 to 2e-6; they take over the weights of the one that does."""
+    encoder = {**SMALL["encoder"], "epochs": 8, "validate_every": 1}
+    settings = write_config(
+        tmp_path,
+        interest=SMALL["interest"],
+        encoder=encoder,
+        search={"encoder.lr": {"choice": [1e-6, 2e-6]}},
+        tune={"scheduler": "pbt", "perturb_every": 2, "cpus_per_trial": 0.5},
+    )
+    out = tmp_path / "population"
+    tune(prepared, str(out), config_uri=settings, overrides=[], samples=4, seed=0)
+    trials = json.loads((out / "trials.json").read_text())["trials"]
+    assert len(trials) == 4 and all(trial["epochs"] == 8 for trial in trials)
+    taken = [trial for trial in trials[1:] if trial["best"] > 0.3]
+    assert taken, "a trial whose own rate learns nothing got there by copying"
+
+
+def test_a_grid_is_every_combination():
+    space = read_search({"interest.dim": {"choice": [16, 32]}, "encoder.weight_decay": {"choice": [0.0, 0.1, 0.2]}})
+    points = grid(space)
+    assert len(points) == 6 and len({tuple(point.items()) for point in points}) == 6
+    assert points[0] == {"interest.dim": 16, "encoder.weight_decay": 0.0}
+
+
+@pytest.mark.slow
+def test_the_winner_is_compared_on_the_test_part(ray_cluster, prepared, tmp_path):
+    """The given rate learns nothing, the searched one does: the interval has to lie above zero."""
+    encoder = {**SMALL["encoder"], "epochs": 6, "lr": 1e-6}
+    settings = write_config(
+        tmp_path,
+        interest=SMALL["interest"],
+        encoder=encoder,
+        sources=["interest"],
+        refit_epochs=1,
+        search={"encoder.lr": {"choice": [5e-3]}},
+    )
+    rows = dict(tune(prepared, str(tmp_path / "out"), config_uri=settings, overrides=[], samples=2, seed=0, compared=True))
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert comparison["difference"] == pytest.approx(comparison["winner"] - comparison["default"])
+    assert comparison["difference_interval"][0] > 0 and "paired" in rows["test ndcg@10"]
+    assert "Winner against the settings given" in (tmp_path / "out" / "report.html").read_text()
