@@ -27,9 +27,8 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise ValueError(f"expected every_steps of at least 1, got {self.every_steps}")
-        if self.tensorboard is not None and not (
-            storage.is_local(self.tensorboard) and os.path.isabs(storage.resolve(self.tensorboard)[1])
-        ):
+        folder = self.tensorboard
+        if folder is not None and not (storage.is_local(folder) and folder.removeprefix("file://").startswith("/")):
             raise ValueError(f"expected an absolute folder for tensorboard, got {self.tensorboard!r}")
         if self.mlflow is not None and importlib.util.find_spec("mlflow") is None:
             raise ValueError("mlflow is set, but the mlflow package is not installed; install it here and on the workers, or leave it out")

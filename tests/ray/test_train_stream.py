@@ -11,6 +11,7 @@ from raysys import storage
 from raysys.prepare.dataset import Prepared
 from raysys.train.batches import InMemory
 from raysys.train.config import ScalingConfig, TrainConfig
+from raysys.train.metrics_log import LoggingConfig
 from raysys.train.parts import Judged, Parts
 from raysys.train.stream import Streamed, Survey, streamed_judged
 from tests import planted
@@ -108,7 +109,7 @@ def test_workers_killed_inside_an_epoch_go_on_with_rows_cut_over_two(prepared, r
     files = list(logs.rglob("events.out.tfevents.*"))
     curves = {file.parent.name: points(file.read_bytes()) for file in files if file.parent.name != "fit"}
     assert list(curves) == ["refit"] and {"loss", "lr", "gradient_norm", "epoch/loss"} <= set(curves["refit"])
-    assert len(curves["refit"]["loss"]) > 10 and curves["refit"]["lr"][0] < curves["refit"]["lr"][3]
+    assert len(curves["refit"]["loss"]) >= 6 and curves["refit"]["lr"][0] < curves["refit"]["lr"][3]
 
 
 def points(content: bytes) -> dict[str, list[float]]:
@@ -130,6 +131,8 @@ def test_settings_that_cannot_work_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             ScalingConfig(**options)
+    with pytest.raises(ValueError, match="expected an absolute folder for tensorboard, got 'curves'"):
+        LoggingConfig(tensorboard="curves")
     encoder = dataclasses.replace(TrainConfig().encoder, table_optimizer="lazy_adamw")
     with pytest.raises(ValueError, match="set scaling.shard_items: true"):
         TrainConfig(encoder=encoder, scaling=ScalingConfig(workers=2))
