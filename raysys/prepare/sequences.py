@@ -58,9 +58,10 @@ def order_partition(tables: Sequence[pa.Table]) -> pa.Table:
     """Put each user's events in time order and drop what can never be kept.
 
     Of the events of a user with the same `event_id`, the first by time stays. Of those with the
-    same user, item, time and event name, the first stays, and so do those before the first one
-    without an `event_id`: an earlier event with the id of the first could still arrive in a later
-    call, and then the next one takes its place (`split_partition` leaves them out until then).
+    same user, item, time and event name, the first stays, and so do the others that have an
+    `event_id`, and the first without one: an earlier event with the id of the first could still
+    arrive in a later call, and then the next one takes its place; and a later event with the id of
+    another must still be known for a duplicate (`split_partition` leaves them out until then).
     So ordering in two calls gives what one call gives. Ties in time keep the order of the rows.
 
     Args:
@@ -90,7 +91,8 @@ def order_partition(tables: Sequence[pa.Table]) -> pa.Table:
         frame = pl.DataFrame({USER_ID: user[tied], TIME: time[tied], **columns})
         anchor = event_ids.take(pa.array(order[tied])).is_null().to_numpy(zero_copy_only=False).astype(np.int32)
         before = (pl.col("anchor").cum_sum() - pl.col("anchor")).over(USER_ID, TIME, ITEM_ID, EVENT)
-        keep[tied[frame.with_columns(anchor=anchor).select(before > 0).to_series().to_numpy()]] = False
+        again = frame.with_columns(anchor=anchor).select((before > 0) & (pl.col("anchor") == 1)).to_series()
+        keep[tied[again.to_numpy()]] = False
     order, user = order[keep], user[keep]
     users = pa.DictionaryArray.from_arrays(pa.array(user), names.gather(by_name).to_arrow().cast(pa.string()))
     ordered = table.take(pa.array(order))

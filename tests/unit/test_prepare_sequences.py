@@ -89,6 +89,12 @@ def test_a_late_event_with_a_known_id_brings_back_what_the_known_one_hid():
     assert lists(kept(order_partition([first]), late), "value") == lists(kept(first, late), "value") == {"a": [3.0, 2.0]}
 
 
+def test_the_id_of_a_hidden_event_is_not_forgotten():
+    first = rows(("a", "y", 1, "click", 1.0, None), ("a", "y", 1, "click", 2.0, "q"))
+    late = rows(("a", "x", 1, "view", 3.0, "q"))
+    assert lists(kept(order_partition([first]), late), "value") == lists(kept(first, late), "value") == {"a": [1.0]}
+
+
 EVENT_ROWS = st.lists(
     st.tuples(st.sampled_from("ab"), st.sampled_from("xy"), st.integers(0, 3), st.sampled_from(["view", "click"]), st.sampled_from("pqr*")),
     max_size=14,
