@@ -432,15 +432,17 @@ def _bench(arguments: argparse.Namespace) -> Rows:
     from pathlib import Path
 
     folder = Path(__file__).resolve().parents[1] / "benchmarks"
-    names = sorted(path.stem for path in folder.glob("[!_]*.py"))
+    names = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("[!_]*.py"))
     if arguments.name is None:
         return [(name, f"raysys bench {name}") for name in names]
     if arguments.name not in names:
         raise ConfigError(
             f"bench: expected one of {', '.join(names) or 'nothing (no benchmarks folder beside the package)'}, got {arguments.name!r}"
         )
+    script = folder / f"{arguments.name}.py"
     sys.argv = [arguments.name, *arguments.rest]
-    runpy.run_path(str(folder / f"{arguments.name}.py"), run_name="__main__")
+    sys.path.insert(0, str(script.parent))  # as if it had been started itself
+    runpy.run_path(str(script), run_name="__main__")
     return []
 
 
