@@ -91,6 +91,7 @@ def _steps(items: list[int]) -> list[tuple[int, int]]:
     return list(zip(items[:-1], items[1:]))
 
 
+@pytest.mark.slow
 def test_workers_killed_inside_an_epoch_go_on_with_rows_cut_over_two(prepared, ray_cluster, tmp_path):
     """One worker, undisturbed; then two workers with half of each batch and half of the table each, which are killed."""
     _, lines = fit(prepared.uri, tmp_path / "one", overrides=STREAM)
