@@ -12,7 +12,6 @@ so two nearly equal items may change places.
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -46,17 +45,31 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder for batch.json and the files of the run")
     arguments = parser.parse_args()
     out = storage.resolve(arguments.out)[1]
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "load_before": os.getloadavg()[0],
-        **{name: getattr(arguments, name) for name in ("users", "items", "dim", "k", "threads")},
-        "search": search(arguments),
-    }
-    if arguments.end_to_end:
-        result["recommend_all"] = end_to_end(arguments, out)
+    settings = {name: getattr(arguments, name) for name in ("users", "items", "dim", "k", "threads")}
+    found = search(arguments)
+    whole = end_to_end(arguments, out) if arguments.end_to_end else None
+    result = as_told(found, whole, settings)
     storage.write_json(f"{out}/batch.json", result)
     print(json.dumps(result, indent=2))
+
+
+def as_told(found: dict, whole: dict | None, settings: dict) -> dict:
+    """The measurements in the shape of benchmarks/scale/README.md."""
+    sides = {name: side for name, side in found.items() if isinstance(side, dict)}
+    rows = [{"series": name, **settings, "per_second": settings["users"] / side["seconds"], **side} for name, side in sides.items()]
+    if whole is not None:
+        end = {"users": whole["users"], "seconds": whole["seconds"], "per_second": whole["users_per_second"]}
+        rows.append({"series": "recommend-all, end to end", **settings, **end})
+    ratio = found.get("median_raysys_over_faiss")
+    bar = {
+        "what": "seconds against Faiss flat, the same threads",
+        "bar": "<= 1",
+        "measured": ratio,
+        "met": None if ratio is None else ratio <= 1,
+    }
+    figures = {name: value for name, value in found.items() if not isinstance(value, dict)}
+    about = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {"name": "batch", "rows": rows, "figures": figures, "bars": [bar], "about": about}
 
 
 def search(arguments: argparse.Namespace) -> dict:

@@ -3,14 +3,12 @@
     python benchmarks/scale/prepare.py --data FOLDER --out FOLDER [--events 2000000 6000000 20000000 100000000] [--repeats 3]
 
 Data are generated once under --data. At each size raysys and Polars (up to --polars-max) run in turn and must write the same content;
-medians of --repeats runs. Writes prepare.json and prepare.png to --out. Wall time is that of the whole command, Ray's
+medians of --repeats runs. Writes prepare.json to --out (plots: report.py). Wall time is that of the whole command, Ray's
 start included. Memory: see _memory.py. Bars: 3x Polars' wall time at 20M events, 4 GB at every size, exponent of time against events 1.1.
 """
 
 import argparse
 import dataclasses
-import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -18,27 +16,25 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _memory import Usage, measured  # noqa: E402
+from _memory import measured  # noqa: E402
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
+from raysys import storage  # noqa: E402
 from raysys.prepare.dataset import SEQUENCE_SCHEMA, Prepared  # noqa: E402
 from raysys.prepare.fingerprint import content_sums  # noqa: E402
 
 GB = 1e9
+BAR_EVENTS = 20_000_000
 IDLE = "import time\nfrom raysys import cluster\nwith cluster.connected():\n    time.sleep(6)"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder for the generated events, kept for the next run")
-    parser.add_argument("--out", required=True, help="folder for prepare.json and prepare.png; prepared sets are removed again")
+    parser.add_argument("--out", required=True, help="folder for prepare.json; prepared sets are removed again")
     parser.add_argument("--events", type=int, nargs="+", default=[20_000_000])
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=3)
@@ -49,16 +45,8 @@ def main() -> None:
     idle = measured([sys.executable, "-c", IDLE], log=str(out / "idle.log"))
     print(f"idle Ray: {idle.peak_bytes / GB:.2f} GB")
     sizes = [run_size(events, arguments, out) for events in sorted(arguments.events)]
-    report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg(),
-        "idle_ray": dataclasses.asdict(idle),
-        "sizes": sizes,
-        "exponent": exponent(sizes),
-    }
-    (out / "prepare.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(sizes, idle, out / "prepare.png")
+    report = {"idle_ray": dataclasses.asdict(idle), "sizes": sizes, "exponent": exponent(sizes)}
+    storage.write_json(str(out / "prepare.json"), as_told(report))
     print_report(report)
 
 
@@ -128,25 +116,41 @@ def exponent(sizes: list[dict]) -> float | None:
     return float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
 
 
-def plot(sizes: list[dict], idle: Usage, path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    for name, mark in (("raysys", "o-"), ("polars", "s--")):
-        points = [(size["events"], size[name]["seconds"], size[name]["peak_bytes"] / GB) for size in sizes if name in size]
-        if points:
-            events, seconds, memory = zip(*points, strict=True)
-            left.loglog(events, seconds, mark, label=name)
-            right.loglog(events, memory, mark, label=name)
-    right.axhline(4, color="gray", lw=0.8, label="bar: 4 GB")
-    right.axhline(idle.peak_bytes / GB, color="gray", lw=0.8, ls=":", label="idle Ray")
-    for axis, label in ((left, "wall time, s"), (right, "peak memory (sum of PSS), GB")):
-        axis.set_xlabel("events")
-        axis.set_ylabel(label)
-        axis.grid(True, which="both", alpha=0.3)
-        axis.legend()
-    slope = exponent(sizes)
-    left.set_title("prepare" if slope is None else f"prepare: time grows as events^{slope:.2f}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def as_told(report: dict) -> dict:
+    """The measurements in the shape of benchmarks/scale/README.md."""
+    rows = [
+        {
+            "series": name,
+            "events": size["events"],
+            "seconds": size[name]["seconds"],
+            "peak_bytes": size[name]["peak_bytes"],
+            "spilled_bytes": max(run["spilled_bytes"] for run in size[name]["runs"]),
+            "runs": len(size[name]["runs"]),
+        }
+        for size in report["sizes"]
+        for name in ("raysys", "polars")
+        if name in size
+    ]
+    judged = next((size for size in report["sizes"] if size["events"] == BAR_EVENTS), None)
+    ratio = None if judged is None else judged.get("ratio")
+    peak = max(size["raysys"]["peak_bytes"] for size in report["sizes"]) / GB
+    slope = report["exponent"]
+    largest = report["sizes"][-1]["events"]
+    return {
+        "name": "prepare",
+        "rows": rows,
+        "figures": {"exponent of time against events": slope, "idle Ray, bytes": report["idle_ray"]["peak_bytes"]},
+        "bars": [
+            _bar(f"wall time against Polars, {BAR_EVENTS:,} events", "<= 3", ratio, 3.0),
+            _bar(f"peak memory up to {largest:,} events, GB", "<= 4", peak, 4.0),
+            _bar("exponent of time against events", "<= 1.1", slope, 1.1),
+        ],
+        "about": {"date": datetime.now(UTC).isoformat(timespec="seconds")},
+    }
+
+
+def _bar(what: str, bar: str, measured: float | None, limit: float) -> dict:
+    return {"what": what, "bar": bar, "measured": measured, "met": None if measured is None else measured <= limit}
 
 
 def print_report(report: dict) -> None:
