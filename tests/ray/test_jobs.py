@@ -31,6 +31,12 @@ QUICK = [
 ]
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def server():
     """Address of the job server of a private cluster."""
@@ -40,11 +46,15 @@ def server():
         patch.delenv("RAY_ADDRESS", raising=False)
         # A job joins the newest cluster of its temporary folder: with a shared one, that may be somebody else's.
         folder = tempfile.mkdtemp(prefix="raysys-")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        # The agent that runs jobs listens on one fixed port of the machine unless told otherwise; another cluster may have it.
-        head = {"num_cpus": 2, "include_dashboard": True, "temp_dir": folder, "dashboard_agent_listen_port": port}
+        # Dashboard and job agent listen on fixed ports of the machine unless told otherwise; another cluster may have them.
+        dashboard_port, agent_port = free_port(), free_port()
+        head = {
+            "num_cpus": 2,
+            "include_dashboard": True,
+            "temp_dir": folder,
+            "dashboard_port": dashboard_port,
+            "dashboard_agent_listen_port": agent_port,
+        }
         cluster = Cluster(initialize_head=True, head_node_args=head)
         yield f"http://{cluster.head_node.webui_url}"
         cluster.shutdown()
