@@ -12,7 +12,6 @@ Knows files and models, not requests (`pipeline.py`) and not versions in use (`r
 
 import hashlib
 import importlib
-import os
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -215,7 +214,7 @@ class Bundle:
             storage.write_bytes(storage.join(target, name), content)
         storage.write_json(storage.join(target, MANIFEST), self.manifest)
         if local:
-            _swap_dir(storage.resolve(target)[1], storage.resolve(uri)[1])
+            storage.replace_dir(storage.resolve(target)[1], storage.resolve(uri)[1])
         return self.version
 
     @classmethod
@@ -303,17 +302,6 @@ def _parquet(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _swap_dir(source: str, target: str) -> None:
-    """Rename a finished folder into place; an older one there is moved aside first, then removed."""
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    old = f"{target}.old-{secrets.token_hex(6)}"
-    if os.path.exists(target):
-        os.rename(target, old)
-    os.rename(source, target)
-    storage.sync_dir(os.path.dirname(target))
-    storage.remove(old)
-
-
 def _cached(uri: str) -> str:
     """A local copy of a remote bundle, one a node and version, named by its manifest's checksum."""
     if storage.is_local(uri):
@@ -323,5 +311,5 @@ def _cached(uri: str) -> str:
     if not (cache / MANIFEST).exists():
         partial = cache.with_name(f"{cache.name}.tmp-{secrets.token_hex(6)}")
         storage.copy_tree(uri, str(partial))
-        _swap_dir(str(partial), str(cache))
+        storage.replace_dir(str(partial), str(cache))
     return str(cache)

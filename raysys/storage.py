@@ -167,6 +167,17 @@ def sync_dir(folder: str) -> None:
         os.close(descriptor)
 
 
+def replace_dir(source: str, target: str) -> None:
+    """Rename a finished local folder into place; an older one there is moved aside (`TARGET.old-...`) first, then removed."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    old = f"{target}.old-{secrets.token_hex(6)}"
+    if os.path.exists(target):
+        os.rename(target, old)
+    os.rename(source, target)
+    sync_dir(os.path.dirname(target))
+    remove(old)
+
+
 def read_json(uri: str) -> dict:
     """Parse a JSON file.
 

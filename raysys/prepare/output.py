@@ -7,8 +7,6 @@ finishes the replacement that a crash interrupted.
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -81,13 +79,7 @@ def recover(out: str) -> None:
 def _replace(work: str, out: str) -> None:
     storage.remove(storage.join(work, STEPS))
     if storage.is_local(out):
-        source, target = storage.resolve(work)[1], storage.resolve(out)[1]
-        old = f"{target}.old-{secrets.token_hex(4)}"
-        if os.path.exists(target):
-            os.rename(target, old)
-        os.rename(source, target)
-        storage.sync_dir(os.path.dirname(target))
-        storage.remove(old)
+        storage.replace_dir(storage.resolve(work)[1], storage.resolve(out)[1])
         return
     # Object stores cannot rename a folder: the files are copied and the manifest comes last, so that for a
     # while there is a folder without manifest, which readers refuse, and never a mixture.

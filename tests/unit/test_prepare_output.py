@@ -86,7 +86,7 @@ def test_other_inputs_begin_anew_and_remove_what_was_left(tmp_path):
 def test_a_kill_between_old_and_new_is_made_good_by_the_next_call(tmp_path, monkeypatch, local):
     out = str(tmp_path / "set")
     write(out, "old")
-    fatal = "output.os.rename" if local else "output.storage.copy_file"
+    fatal = "storage.os.rename" if local else "output.storage.copy_file"
     killed(f"""
 output.storage.is_local = lambda uri: {local}
 real, calls = {fatal}, []
