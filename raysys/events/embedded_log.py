@@ -45,6 +45,7 @@ class EmbeddedLog:
         self._lock = threading.Lock()
         self._file: int | None = None
         self._segment, self._position = "", 0
+        self._started_ms = 0
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
@@ -119,7 +120,9 @@ class EmbeddedLog:
     def _start_segment(self) -> None:
         if self._file is not None:
             os.close(self._file)
-        self._segment = f"seg-{int(time.time() * 1000):013d}-{os.getpid()}-{secrets.token_hex(4)}.log"
+        # Readers go by name: a writer's next segment must come after its last one, also within a millisecond or a clock set back.
+        self._started_ms = max(int(time.time() * 1000), self._started_ms + 1)
+        self._segment = f"seg-{self._started_ms:013d}-{os.getpid()}-{secrets.token_hex(4)}.log"
         self._file = os.open(os.path.join(self.folder, self._segment), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         fcntl.flock(self._file, fcntl.LOCK_EX)  # held until the writer dies: tells others that this segment is alive
         storage.sync_dir(self.folder)
