@@ -38,6 +38,7 @@ from raysys.prepare.config import PrepareConfig
 from raysys.prepare.dataset import Sequences
 from raysys.prepare.run import prepare
 from raysys.queries import Queries
+from raysys.train.batches import InMemory
 from raysys.train.encoder import EncoderTrainConfig, train_encoder
 from raysys.train.loss import fast_dtype
 from raysys.train.ranker import train_ranker
@@ -165,7 +166,7 @@ def measure_train(size: float, scale: float, loss: str) -> Measurement:
     epochs = 3 if size > 1 else 6
     config = EncoderTrainConfig(epochs=epochs, batch_size=BATCH, loss=loss, num_negatives=NEGATIVES)  # type: ignore[arg-type]
     ends: list[float] = []
-    train_encoder(encoder_of(items), sequences, config, seed=0, on_epoch=lambda state: ends.append(time.perf_counter()))
+    train_encoder(encoder_of(items), InMemory(sequences), config, seed=0, on_epoch=lambda state: ends.append(time.perf_counter()))
     seconds = float(np.median(np.diff(ends)))  # the history's own seconds are rounded to hundredths
     epoch = counts.epoch_of(users, HISTORY, 50)
     steps = np.ceil(epoch.windows / BATCH)

@@ -45,7 +45,7 @@ class _FullSoftmax(torch.autograd.Function):
 
 
 def full_softmax_loss(
-    states_PD: Tensor, vectors_ND: Tensor, targets_P: Tensor, *, chunk: int = 256, dtype: torch.dtype = torch.float32
+    states_PD: Tensor, vectors_ND: Tensor, targets_P: Tensor, *, chunk: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Summed cross-entropy over the whole catalogue, in nats.
 
@@ -53,11 +53,20 @@ def full_softmax_loss(
         states_PD: (P, D) float32.
         vectors_ND: (N, D) float32.
         targets_P: (P,) int64 rows of the next items.
-        chunk: positions a block; memory is `chunk * N` numbers.
+        chunk: positions a block, memory is `chunk * N` numbers; None for `chunk_of`.
         dtype: of logits and probabilities; sums and results stay float32. bfloat16 is
             4 times as fast on a CPU that has it and puts .2% of noise on the gradient.
     """
-    return _FullSoftmax.apply(states_PD, vectors_ND, targets_P, chunk, dtype)
+    return _FullSoftmax.apply(states_PD, vectors_ND, targets_P, chunk or chunk_of(len(vectors_ND), states_PD.device), dtype)
+
+
+def chunk_of(columns: int, device: torch.device) -> int:
+    """Positions a block of a full softmax over so many columns.
+
+    On a CPU the block's logits have to stay in its cache: at 12,000 columns 128 positions were 1.4 times as fast as 256 or 512, at 2,000 columns
+    512 were the fastest. A GPU needs large products and has the memory.
+    """
+    return 4096 if device.type == "cuda" else min(512, max(128, 2**20 // max(1, columns)))
 
 
 def sampled_softmax_loss(

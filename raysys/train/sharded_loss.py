@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raysys.train.loss import negative_logits
+from raysys.train.loss import chunk_of, negative_logits
 from raysys.train.parallel import Parallel
 
 
@@ -28,7 +28,7 @@ def sharded_softmax_loss(
     *,
     first: int,
     parallel: Parallel,
-    chunk: int = 256,
+    chunk: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Cross-entropy over the whole catalogue, by a logsumexp over the shards.
@@ -39,10 +39,11 @@ def sharded_softmax_loss(
         targets: (p,) int64 items of the whole catalogue.
         first: item of this rank's first row.
         parallel: the ranks.
-        chunk: positions a block; memory is `chunk * R` numbers.
+        chunk: positions a block, memory is `chunk * R` numbers; None for `loss.chunk_of`.
         dtype: of products and probabilities.
     """
     states_PD, targets_P = _Gather.apply(states, parallel), _gather(targets, parallel)[0]
+    chunk = chunk or chunk_of(len(vectors_RD), states.device)
     return _Softmax.apply(states_PD, vectors_RD, targets_P - first, chunk, dtype) / parallel.world_size
 
 
