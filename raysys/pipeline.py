@@ -166,7 +166,8 @@ class Pipeline:
         shares = np.stack([np.log(self.fusion.weights[name]) + log_probs[name][0, items] for name in names])
         if len(query.items) == 0:
             return [Reason("popularity")] * len(items)
-        because = {"covisit": self.bundle.models["covisit"].contributions(query, items)} if "covisit" in self.bundle.models else {}
+        models = self.bundle.models
+        because = {name: models[name].contributions(query, items) for name in ("covisit", "linear") if name in models}
         if self.content is not None:
             similar = self.content.item_vectors[query.items] @ self.content.item_vectors[items].T
             because["content"] = np.where(similar.max(axis=0) > 0, query.items[similar.argmax(axis=0)], -1)

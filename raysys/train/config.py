@@ -11,6 +11,7 @@ from raysys.models.content import ContentConfig
 from raysys.models.covisit import CovisitConfig
 from raysys.models.dot_product import DotProductConfig
 from raysys.models.interest import InterestConfig
+from raysys.models.linear import LinearConfig
 from raysys.models.popularity import PopularityConfig
 from raysys.models.ranker import RankerConfig
 from raysys.train.encoder import EncoderTrainConfig
@@ -65,13 +66,14 @@ class TrainConfig:
     interest: InterestConfig = field(default_factory=InterestConfig)
     encoder: EncoderTrainConfig = field(default_factory=EncoderTrainConfig)
     covisit: CovisitConfig = field(default_factory=CovisitConfig)
+    linear: LinearConfig = field(default_factory=LinearConfig)
     popularity: PopularityConfig = field(default_factory=PopularityConfig)
     content: ContentConfig = field(default_factory=ContentConfig)
     dot_product: DotProductConfig = field(default_factory=DotProductConfig)
     ranker: RankerConfig = field(default_factory=RankerConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    sources: list[str] = field(default_factory=lambda: ["interest", "covisit", "content", "popularity", "dot_product"])
+    sources: list[str] = field(default_factory=lambda: ["interest", "covisit", "linear", "content", "popularity", "dot_product"])
     """Retrieval sources to train; fusion gives each its weight on validation, 0 where it does not earn its place."""
     refit_epochs: int = 8
     """Epochs on the whole training part, starting from the model that was fitted without each user's last position."""
@@ -87,6 +89,11 @@ class TrainConfig:
     """Seed of everything random; `--seed` wins."""
 
     def __post_init__(self) -> None:
+        if self.interest.exclude_seen and (self.encoder.loss != "softmax" or self.scaling.shard_items):
+            raise ValueError(
+                f"interest.exclude_seen is learnt by the full softmax over a whole table: expected encoder.loss softmax and scaling.shard_items "
+                f"false, got {self.encoder.loss} and {str(self.scaling.shard_items).lower()}"
+            )
         if self.encoder.table_optimizer != "adamw" and self.scaling.workers > 1 and not self.scaling.shard_items:
             raise ValueError(
                 f"encoder.table_optimizer {self.encoder.table_optimizer!r} works on the rows that a worker owns; "

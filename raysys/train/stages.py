@@ -37,6 +37,7 @@ from raysys.models.covisit import Covisitation
 from raysys.models.dot_product import DotProduct
 from raysys.models.fusion import NOT_JUDGED, Fusion, choose_fusion, judge_fusion
 from raysys.models.interest import InterestEncoder, InterestRetriever
+from raysys.models.linear import Linear
 from raysys.models.popularity import Popularity
 from raysys.pipeline import Pipeline, mix_scores, seen_mask
 from raysys.prepare.dataset import Prepared, Sequences
@@ -370,6 +371,10 @@ class Worker:
             models["covisit"] = Covisitation.fit(
                 sequences, self.num_items, settings.covisit, event_weights=self.event_weights, ordinal_time=ordinal
             )
+        if "linear" in wanted and self.num_items > settings.linear.max_items:
+            self.say(f"linear: left out, {self.num_items:,} items are more than linear.max_items ({settings.linear.max_items:,})")
+        elif "linear" in wanted:
+            models["linear"] = Linear.fit(sequences, self.num_items, settings.linear, event_weights=self.event_weights)
         if "content" in wanted and (vectors := self._text_vectors()) is not None:
             models["content"] = ContentNeighbours.fit(vectors, settings.content)
         # Popularity is always there: it answers where nothing else can.
