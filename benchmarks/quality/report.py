@@ -47,9 +47,10 @@ def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
     head = [
         f"# Quality, {hardware}, {date}",
         "",
-        "Leave-one-out, test part, all items ranked, seen items masked, ties at random. Settings were chosen on validation. Published figures were",
-        "not run here; they are quoted for the same files. `alone` is one retrieval source, `without` the fused retrieval without it, `any` whether one",
-        "of the sources in use has the item among its best k. Intervals: bootstrap over users, 95%, of the first seed.",
+        "Leave-one-out, test part, all items ranked, seen items masked, ties at random. Settings were chosen on validation.",
+        "Published figures were not run here; they are quoted for the same files. `alone` is one retrieval source, `without` the fused",
+        "retrieval without it, `any` whether one of the sources in use has the item among its best k.",
+        "Intervals: bootstrap over users, 95%, of the first seed.",
     ]
     page = storage.join(out, f"{hardware}_{date}.md")
     order = {name: index for index, name in enumerate(SETS)}
@@ -82,7 +83,9 @@ def section(result: dict) -> str:
     rows += [(f"without: {name}", [run["left_out"][name] for run in metrics]) for name in common(run["left_out"] for run in metrics)]
     rows += [("any", [run["union"] for run in metrics])]
     lines += [f"| {title} | {' | '.join(cells(figures))} |" for title, figures in rows]
-    lines += [f"| published: {who} | {shown(recall)} | {shown(ndcg)} | | | |" for who, (recall, ndcg) in SETS[result["data"]].published.items()]
+    lines += [
+        f"| published: {who} | {shown(recall)} | {shown(ndcg)} | | | |" for who, (recall, ndcg) in SETS[result["data"]].published.items()
+    ]
     return "\n".join(lines)
 
 

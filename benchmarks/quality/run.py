@@ -93,7 +93,10 @@ def raysys(command: list[str], log: Path):
 
 def as_told(name: str, label: str, runs: list[dict], arguments: argparse.Namespace) -> dict:
     """Everything the report needs, JSON-ready."""
-    known, commit = SETS[name], subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    known, commit = (
+        SETS[name],
+        subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent),
+    )
     finals = [run["metrics"]["final"] for run in runs]
     mean = {key: sum(final[key] for final in finals) / len(finals) for key in ("recall@10", "ndcg@10")}
     minutes = max(run["seconds"] for run in runs) / 60

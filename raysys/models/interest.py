@@ -52,8 +52,8 @@ class InterestConfig:
     temperature: float = 0.07
     """Logits are cosines of state and item vector divided by this, so that frequent items cannot win by length; 0 for dot products."""
     exclude_seen: bool = False
-    """Learn and tell apart only items that the history does not hold, which is what answers are made of: states need not turn away from what
-    the user likes, lest it be recommended again. Items of the history get no evidence, so keep it off where answers may repeat them."""
+    """Learn and tell apart only items that the history does not hold, which is what answers are made of: states need not turn away from
+    what the user likes. Items of the history get no evidence, so keep it off where answers may repeat them."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -255,7 +255,7 @@ class InterestRetriever:
         return user_states(self.encoder, queries).numpy()
 
     def scores(self, queries: Queries) -> np.ndarray:
-        """(B, N) float32 logits; all zero for an empty history, NO_EVIDENCE for items never interacted with, and for seen ones if excluded."""
+        """(B, N) float32 logits; zero for an empty history, NO_EVIDENCE for items never interacted with and for seen ones if excluded."""
         scores = self.user_vectors(queries) @ self.item_vectors.T
         scores[:, ~self.warm] = NO_EVIDENCE
         if self.encoder.config.exclude_seen:

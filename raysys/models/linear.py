@@ -160,7 +160,7 @@ def _moments(rows: np.ndarray, items: np.ndarray, num_items: int, config: Linear
     horizon_decay^(b-t-1) e(i_b). Summed over the positions that have a next event,
 
         x x' [i_a, i_b] = decay^(b-a) s_b,  s_b = 1 + decay^2 s_(b+1), 0 at the last event;
-        x y' [i_a, i_b] = sum over t of decay^(t-a) horizon_decay^(b-t-1) = (decay^d - horizon_decay^d) / (decay - horizon_decay), d = b - a.
+        x y' [i_a, i_b] = sum over a <= t < b of decay^(t-a) horizon_decay^(b-t-1).
 
     Args:
         rows: (E,) user of each event, ascending. items: (E,) int32.

@@ -40,7 +40,12 @@ REASON_TEXT = {
     "popularity": "popular now",
     "new": "new, and similar to what you like",
 }
-REASON_TEXT_WITHOUT_ITEM = {"interest": "fits what you have been choosing", "covisit": "often chosen next", "linear": "goes with what you chose", "content": "fits your taste"}
+REASON_TEXT_WITHOUT_ITEM = {
+    "interest": "fits what you have been choosing",
+    "covisit": "often chosen next",
+    "linear": "goes with what you chose",
+    "content": "fits your taste",
+}
 
 
 @dataclass(frozen=True)

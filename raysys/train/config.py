@@ -91,8 +91,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.interest.exclude_seen and (self.encoder.loss != "softmax" or self.scaling.shard_items):
             raise ValueError(
-                f"interest.exclude_seen is learnt by the full softmax over a whole table: expected encoder.loss softmax and scaling.shard_items "
-                f"false, got {self.encoder.loss} and {str(self.scaling.shard_items).lower()}"
+                "interest.exclude_seen is learnt by the full softmax over a whole table: expected encoder.loss softmax and "
+                f"scaling.shard_items false, got {self.encoder.loss} and {str(self.scaling.shard_items).lower()}"
             )
         if self.encoder.table_optimizer != "adamw" and self.scaling.workers > 1 and not self.scaling.shard_items:
             raise ValueError(
@@ -123,7 +123,11 @@ LARGE_CATALOGUE = 30_000
 """Items from which the softmax is sampled."""
 
 
-def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np.ndarray, num_items: int) -> TrainConfig:
+RARE_REPEATS = 0.01
+"""Share of training events on items that the user had before, from which the encoder has to learn about seen items too."""
+
+
+def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np.ndarray, num_items: int, repeats: float) -> TrainConfig:
     """Fill what nobody set from statistics of the data.
 
     Short histories over many items overfit at once and want strong dropout;
@@ -134,6 +138,7 @@ def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np
         given: dotted names that were set; they stay.
         lengths: (U,) training events a user.
         num_items: catalogue size.
+        repeats: share of training events on an item that the user had before.
     """
     lengths = lengths[lengths > 0]
     mean, long = float(lengths.mean()) if len(lengths) else 0.0, float(np.quantile(lengths, 0.9)) if len(lengths) else 0.0
@@ -141,18 +146,19 @@ def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np
     context = int(np.clip(2 ** np.ceil(np.log2(max(long, 1))), 16, 200))
     windows = max(1.0, float(np.ceil(lengths / context).sum()))
     few = dense and lengths.sum() < SMALL_DATA
+    loss = settings.encoder.loss if "encoder.loss" in given else "sampled" if num_items > LARGE_CATALOGUE else "softmax"
+    only_new = repeats < RARE_REPEATS and loss == "softmax" and not settings.scaling.shard_items
     wanted: dict[str, dict[str, Any]] = {
-        "interest": {"dropout": 0.3 if few else 0.2 if dense else 0.5, "max_length": context},
+        "interest": {"dropout": 0.3 if few else 0.2 if dense else 0.5, "max_length": context, "exclude_seen": only_new},
         "encoder": {
             "batch_size": int(np.clip(2 ** np.round(np.log2(windows / 90)), 16, 256)),  # about 90 steps an epoch
             "weight_decay": 0.1 if dense else 0.5,
-            "loss": "sampled" if num_items > LARGE_CATALOGUE else "softmax",
+            "loss": loss,
         },
     }
-    for part, values in wanted.items():
-        free = {name: value for name, value in values.items() if f"{part}.{name}" not in given}
-        settings = dataclasses.replace(settings, **{part: dataclasses.replace(getattr(settings, part), **free)})
-    return settings
+    free = {part: {name: value for name, value in values.items() if f"{part}.{name}" not in given} for part, values in wanted.items()}
+    # All at once: what one part wants may be impossible beside what the other still has.
+    return dataclasses.replace(settings, **{part: dataclasses.replace(getattr(settings, part), **values) for part, values in free.items()})
 
 
 def demo_config() -> tuple[TrainConfig, frozenset[str]]:

@@ -72,8 +72,7 @@ def train(
     if counts["train"] < 2:
         raise SchemaError(f"{prepared_uri}: expected at least two training events, found {counts['train']}; prepare more data")
     survey = Survey.of(prepared) if settings.scaling.streams(counts["train"]) else None
-    lengths = np.diff(prepared.sequences().train().indptr) if survey is None else survey.lengths
-    settings = with_data_defaults(settings, given, lengths, prepared.num_items)
+    settings = with_data_defaults(settings, given, *_statistics(prepared, survey))
     workers, cpus = _resources(settings)
     work = storage.beside(out, ".work")
     name = _run_name(prepared, settings, fit)
@@ -111,6 +110,14 @@ def train(
     manifest = _write_bundle(prepared, out, settings, fit, _read_parts(result.checkpoint), seconds=time.time() - started)
     storage.remove(work)
     return manifest
+
+
+def _statistics(prepared: Prepared, survey: Survey | None) -> tuple[np.ndarray, int, float]:
+    """Training events of each user, items, and share of repeated ones: what defaults follow from."""
+    if survey is not None:
+        return survey.lengths, prepared.num_items, survey.repeats
+    known = prepared.sequences().train()
+    return np.diff(known.indptr), prepared.num_items, known.repeats
 
 
 def _resources(settings: TrainConfig) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from raysys import storage
 from raysys.errors import RaysysError
 from raysys.prepare.dataset import SEQUENCES, Prepared, Sequences, to_sequences
 from raysys.queries import Queries
-from raysys.schema import SPLIT_TRAIN, UNKNOWN_ITEM
+from raysys.schema import UNKNOWN_ITEM
 from raysys.train.batches import Pool, cut_pool, num_windows, pool_rng
 from raysys.train.config import TrainConfig
 from raysys.train.parts import MAX_HISTORY, MAX_VALIDATION_QUERIES, Judged, Parts, held_counts, held_out
@@ -51,25 +51,29 @@ class Survey:
         fragments: all of them, in the order of files.
         train: (L+1,) users by number of training events. upto_valid: the same with the validation part.
         valid: whether there is a validation part.
+        repeats: share of training events whose user had the item before.
     """
 
     fragments: list[Fragment]
     train: np.ndarray
     upto_valid: np.ndarray
     valid: bool
+    repeats: float
 
     @classmethod
     def of(cls, prepared: Prepared) -> "Survey":
         """Read item and split columns, a fragment at a time."""
         fragments = list_fragments(prepared)
         train, both = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        repeated, events = 0.0, 0
         for fragment in fragments:
             sequences = read_fragments(prepared.uri, [fragment])
-            known = sequences.items != UNKNOWN_ITEM
-            train = _added(train, np.diff(sequences.where(known & (sequences.split == SPLIT_TRAIN)).indptr))
+            learnt = sequences.train()
+            train = _added(train, np.diff(learnt.indptr))
+            repeated, events = repeated + learnt.repeats * len(learnt.items), events + len(learnt.items)
             upto = sequences.upto("valid")
             both = _added(both, np.diff(upto.where(upto.items != UNKNOWN_ITEM).indptr))
-        return cls(fragments, train, both, prepared.manifest["counts"]["valid"] > 0)
+        return cls(fragments, train, both, prepared.manifest["counts"]["valid"] > 0, repeated / max(1, events))
 
     @property
     def lengths(self) -> np.ndarray:

@@ -71,8 +71,8 @@ def tune(
     given = frozenset(dotted_names(values))
     prepared = Prepared.open(prepared_uri)
     settings = config.from_dict(TrainConfig, values)
-    lengths = np.diff(Parts(prepared.sequences(), settings).train.indptr)
-    base = with_data_defaults(settings, given, lengths, prepared.num_items)
+    known = Parts(prepared.sequences(), settings).train
+    base = with_data_defaults(settings, given, np.diff(known.indptr), prepared.num_items, known.repeats)
     first = {name: value_of(base, name) for name in search}
     if sweep.scheduler == "pbt":
         check_mutable(search)

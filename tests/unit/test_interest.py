@@ -130,7 +130,9 @@ def test_training_noise_is_off_in_a_retriever():
     np.testing.assert_array_equal(retriever.scores(queries), retriever.scores(queries))
 
 
-@pytest.mark.parametrize("wrong", [{"dim": 10, "num_heads": 4}, {"dropout": 1.0}, {"temperature": -1.0}, {"max_length": 0}, {"dim": 6, "positions": "rotary"}])
+@pytest.mark.parametrize(
+    "wrong", [{"dim": 10, "num_heads": 4}, {"dropout": 1.0}, {"temperature": -1.0}, {"max_length": 0}, {"dim": 6, "positions": "rotary"}]
+)
 def test_impossible_shapes_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
         InterestConfig(**wrong)
