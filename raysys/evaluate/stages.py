@@ -20,7 +20,7 @@ class Stages:
 
     Attributes:
         ranks: stage -> list of (B,) ranks; stages are "final", "retrieval", the sources, and "unmasked NAME" of each; masked as the
-            first are, also "without NAME", fused retrieval without that source, and "union", the best rank that a source in the mixture gives.
+            first are, also "without NAME", fused retrieval without that source, and "union", the best rank by any source of the mixture.
         lists: (B, K) final lists of each batch.
         repeated: targets that the user had seen before.
         empty: queries without any history.

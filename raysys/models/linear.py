@@ -39,8 +39,8 @@ class LinearConfig:
     """Scores are divided by the candidate's popularity to this power, dimensionless."""
     neighbours: int = 500
     """Largest coefficients kept of each history item, of either sign."""
-    max_items: int = 20_000
-    """Larger catalogues get no such model: while it is fitted it takes 8 bytes times the square of the items (3.2 GB at 20,000)."""
+    max_items: int = 15_000
+    """Larger catalogues get no such model: while it is fitted it takes 8 bytes times the square of the items (1.8 GB at 15,000), and its time grows with the cube."""
 
     def __post_init__(self) -> None:
         if not 0 < self.decay < 1:
