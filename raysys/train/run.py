@@ -25,8 +25,9 @@ from raysys.errors import ConfigError, RaysysError, SchemaError
 from raysys.prepare.dataset import Prepared
 from raysys.train.config import TrainConfig, with_data_defaults
 from raysys.train.progress import printed_progress
-from raysys.train.stages import PARTS, Plan, run_stages
+from raysys.train.stages import PARTS, run_stages
 from raysys.train.stream import Survey
+from raysys.train.worker import Plan
 
 Rows = list[tuple[str, str]]
 
