@@ -1,6 +1,6 @@
 """What is decided on held-out positions, once the sources answer them: the ranker learnt there, and its weight in the final score.
 
-`Judged` positions are seen by none of the models that answer them. Runs in one process, without Ray.
+None of the models that answer a position has seen it. Runs in one process, without Ray.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,9 @@ import numpy as np
 from raysys.models.base import Candidates
 from raysys.models.ranker import Ranker
 from raysys.pipeline import Pipeline, mix_scores, seen_mask
-from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
 from raysys.train.config import TrainConfig
-from raysys.train.parts import MAX_HISTORY, chunks
+from raysys.train.parts import Held, chunks
 from raysys.train.ranker import Logged, train_ranker
 
 RANKER_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -32,42 +31,35 @@ def max_fusion_queries(num_items: int) -> int:
     return max(200, MAX_CHOICE_SCORES // num_items)
 
 
-def fusion_arguments(pipeline: Pipeline, sequences: Sequences, positions: np.ndarray) -> tuple[dict[str, Callable], np.ndarray, Callable]:
+def fusion_arguments(pipeline: Pipeline, held: Held) -> tuple[dict[str, Callable], np.ndarray, Callable]:
     """Scores of each source, targets and masks of some positions: arguments of `choose_fusion` and `judge_fusion`."""
-    queries = sequences.queries_before(positions, max_events=MAX_HISTORY)
-    scorers: dict[str, Callable] = {name: partial(_scores_of, model, queries) for name, model in pipeline.bundle.models.items()}
-    return scorers, sequences.items[positions].astype(np.int64), lambda rows: seen_mask(queries[rows], pipeline.num_items)
+    scorers: dict[str, Callable] = {name: partial(_scores_of, model, held.queries) for name, model in pipeline.bundle.models.items()}
+    return scorers, held.targets, lambda rows: seen_mask(held.queries[rows], pipeline.num_items)
 
 
-def learn_ranker(
-    pipeline: Pipeline, sequences: Sequences, positions: np.ndarray, *, item_counts: np.ndarray, settings: TrainConfig
-) -> tuple[Ranker, dict]:
+def learn_ranker(pipeline: Pipeline, held: Held, *, item_counts: np.ndarray, settings: TrainConfig) -> tuple[Ranker, dict]:
     """A ranker that learns from what the pipeline retrieves for some positions; see `train_ranker`.
 
     Args:
         pipeline: of sources that have not seen the positions, with their final mixture.
-        sequences: of the positions.
-        positions: flat.
+        held: the positions.
         item_counts: (N,) events that the sources were fitted on.
         settings: of the training.
     """
-    queries = sequences.queries_before(positions, max_events=MAX_HISTORY)
-    targets = sequences.items[positions].astype(np.int64)
     kept, singles = [], []
-    for rows in chunks(len(positions), AT_ONCE):
-        query = queries[rows]
+    for rows in chunks(len(held), AT_ONCE):
+        query = held.queries[rows]
         log_probs = pipeline.source_log_probs(query)
         retrieved = pipeline.retrieve(query, allowed=seen_mask(query, pipeline.num_items), log_probs=log_probs)
         kept.append(retrieved.candidates)
-        singles.append(pipeline.candidates_of(query, targets[rows][:, None], log_probs=log_probs))
-    positive = sequences.positive[positions]
-    logged = Logged(_concatenate(singles), positive) if positive.any() and not positive.all() else None
+        singles.append(pipeline.candidates_of(query, held.targets[rows][:, None], log_probs=log_probs))
+    logged = Logged(_concatenate(singles), held.positive) if held.positive.any() and not held.positive.all() else None
     models = pipeline.bundle.models
     vectors = models["interest"].item_vectors if "interest" in models else models["dot_product"].item_vectors
     return train_ranker(
-        queries,
+        held.queries,
         _concatenate(kept),
-        targets,
+        held.targets,
         logged,
         item_vectors=vectors,
         content_vectors=models["content"].item_vectors if "content" in models else None,
@@ -77,17 +69,15 @@ def learn_ranker(
     )
 
 
-def choose_ranker_weight(pipeline: Pipeline, sequences: Sequences, positions: np.ndarray) -> tuple[float, dict[float, float]]:
+def choose_ranker_weight(pipeline: Pipeline, held: Held) -> tuple[float, dict[float, float]]:
     """The ranker's weight in the final score, 0 where it does not help, and NDCG@10 by weight."""
     assert pipeline.ranker is not None
-    queries = sequences.queries_before(positions, max_events=MAX_HISTORY)
-    targets = sequences.items[positions]
     gains: dict[float, list[np.ndarray]] = {weight: [] for weight in RANKER_WEIGHTS}
-    for rows in chunks(len(positions), AT_ONCE):
-        query = queries[rows]
+    for rows in chunks(len(held), AT_ONCE):
+        query = held.queries[rows]
         candidates = pipeline.retrieve(query, allowed=seen_mask(query, pipeline.num_items)).candidates
         logits, _ = pipeline.ranker.score(query, candidates)
-        hit = candidates.items == targets[rows][:, None]
+        hit = candidates.items == held.targets[rows][:, None]
         for weight in RANKER_WEIGHTS:
             scores = mix_scores(candidates.fused, logits, weight)
             of_target = np.where(hit, scores, -np.inf).max(axis=1, keepdims=True)

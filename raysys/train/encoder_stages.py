@@ -7,14 +7,15 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from raysys.models.interest import InterestEncoder
-from raysys.train.batches import InMemory, Source
+from raysys.prepare.dataset import Prepared
+from raysys.train.config import TrainConfig
 from raysys.train.encoder import EncoderTrainConfig, EncoderTraining, TrainResult, TrainState
 from raysys.train.metrics_log import MetricsLog
 from raysys.train.parallel import whole
-from raysys.train.parts import Parts, new_encoder
-from raysys.train.stream import Streamed
+from raysys.train.stream import source_of
 from raysys.train.table import ShardedTable, gathered
 from raysys.train.worker import Worker
 
@@ -24,11 +25,10 @@ class EncoderStages:
 
     Args:
         worker: this rank; the encoder is kept in what it saves, under `encoder`.
-        parts: gives all sequences, where the worker has them in memory.
     """
 
-    def __init__(self, worker: Worker, parts: Callable[[], Parts]):
-        self.worker, self.settings, self.parts = worker, worker.settings, parts
+    def __init__(self, worker: Worker):
+        self.worker, self.settings = worker, worker.settings
 
     def train(
         self,
@@ -57,7 +57,7 @@ class EncoderStages:
         elif "encoder" in worker.saved.rows:
             self._fill(encoder, worker.saved.rows["encoder"])
         worker.saved.drop("encoder", "training/", "encoder/")
-        source = self._source(stage)
+        source = source_of(worker.evidence, stage)
         log = MetricsLog(self.settings.logging, worker.plan.run, stage, worker.rank)
         training: EncoderTraining
 
@@ -126,8 +126,8 @@ class EncoderStages:
             if name != "items.weight":
                 parameter.copy_(self.worker.saved.dense[f"encoder/{name}"])
 
-    def _source(self, stage: str) -> Source:
-        plan = self.worker.plan
-        if plan.survey is not None:
-            return Streamed(plan.prepared_uri, plan.survey, self.settings, stage)
-        return InMemory(self.parts().of(stage))
+
+def new_encoder(prepared: Prepared, settings: TrainConfig, table: Callable[[int], nn.Module] | None = None) -> InterestEncoder:
+    """An untrained encoder; the same settings and seed give the same start in every process, however its table is cut."""
+    torch.manual_seed(settings.seed)
+    return InterestEncoder(prepared.num_items, len(prepared.events), settings.interest, table)

@@ -8,12 +8,11 @@
 Without a validation part the choice is made on held-out training positions, so
 it comes before the refit, which would have seen them.
 No model ever learns from a position that a model before it was trained on and
-that it is then judged by: see `Parts` and the `leakage` entry of the manifest.
+that it is then judged by: see `Parts`, which `Evidence` gives, and the `leakage` entry of the manifest.
 """
 
 import os
 import tempfile
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,9 +30,8 @@ from raysys.train.checkpoint import Saved
 from raysys.train.choice import MAX_WEIGHT_QUERIES, choose_ranker_weight, fusion_arguments, learn_ranker, max_fusion_queries
 from raysys.train.encoder import TrainResult
 from raysys.train.encoder_stages import EncoderStages
-from raysys.train.parts import Judged, Parts, sample, validation
 from raysys.train.sources import Sources
-from raysys.train.stream import streamed_judged
+from raysys.train.validation import validation
 from raysys.train.worker import Worker
 
 PARTS = "parts.json"
@@ -51,20 +49,16 @@ class Stages:
     """One worker's walk through the stages."""
 
     def __init__(self, worker: Worker):
-        self.worker, self.plan, self.settings, self.prepared = worker, worker.plan, worker.settings, worker.prepared
-        self.encoder = EncoderStages(worker, lambda: self.parts)
+        self.worker, self.plan, self.settings = worker, worker.plan, worker.settings
+        self.prepared, self.evidence = worker.prepared, worker.evidence
+        self.encoder = EncoderStages(worker)
         self.sources = Sources(self.prepared, self.settings)
-        self.has_validation = self.prepared.manifest["counts"]["valid"] > 0
+        self.has_validation = self.evidence.has_validation
 
     @property
     def state(self) -> dict[str, Any]:
         """What the stages keep, JSON-ready."""
         return self.worker.state
-
-    @cached_property
-    def parts(self) -> Parts:
-        """All sequences; where they are streamed only rank 0 asks for them, in the stages that it runs alone."""
-        return Parts(self.prepared.sequences(), self.settings)
 
     def run(self) -> None:
         """All stages that are left."""
@@ -81,11 +75,7 @@ class Stages:
         worker = self.worker
         budget = worker.share(0.6)
         worker.say(f"encoder: fitting on {self.prepared.manifest['counts']['train']:,} training events, {worker.num_items:,} items")
-        if self.plan.survey is not None:
-            judged = streamed_judged(self.prepared, self.plan.survey, self.settings)
-        else:
-            judged = Judged.of(self.parts, self.settings, worker.num_items)
-        result = self.encoder.train("fit", deadline=budget, validate=validation(judged, worker.parallel))
+        result = self.encoder.train("fit", deadline=budget, validate=validation(self.evidence, worker.parallel))
         worker.say(f"encoder: best ndcg@10 on validation {result.best_validation or 0:.4f} in epoch {result.best_epoch}")
         self.state.update({"stage": "rank", "fit_report": _report(result)})
         worker.save()
@@ -94,20 +84,19 @@ class Stages:
         self.state["ranker"] = None
         encoder = self.encoder.whole()
         if encoder is not None:
-            pipeline = self.sources.pipeline(self.sources.fit(self.parts.fit, encoder))
-            if len(self.parts.choice):
+            pipeline = self.sources.pipeline(self.sources.fit(self.evidence, "fit", encoder))
+            if self.evidence.num_held("choice"):
                 # Once and for all: the ranker reads the mixture's probabilities, so serving must mix as its training did.
                 pipeline.use(choose_fusion(*self._fusion_arguments(pipeline))[0])
             self.state["fusion"] = pipeline.fusion.to_dict()
-            if len(self.parts.heldout):
+            if self.evidence.num_held("heldout"):
                 self._rank_by(pipeline)
         self.state["stage"] = "refit" if self.has_validation else "choose"
         self.worker.save()
 
     def _rank_by(self, pipeline: Pipeline) -> None:
-        positions = sample(self.parts.heldout, self.settings.max_ranker_queries, self.settings.seed)
-        counts = np.bincount(self.parts.fit.items, minlength=self.worker.num_items)
-        ranker, figures = learn_ranker(pipeline, self.parts.all, positions, item_counts=counts, settings=self.settings)
+        held = self.evidence.held("heldout", self.settings.max_ranker_queries)
+        ranker, figures = learn_ranker(pipeline, held, item_counts=self.evidence.item_counts, settings=self.settings)
         arrays, meta = ranker.to_arrays()
         self.worker.saved.dense |= {f"ranker/{name}": torch.from_numpy(np.array(array)) for name, array in arrays.items()}
         self.state["ranker"] = {"meta": meta, "report": figures}
@@ -133,10 +122,10 @@ class Stages:
         self.worker.save(folder=folder)
 
     def _choose_by(self, encoder: InterestEncoder, folder: str) -> None:
-        learnt_from = self.parts.train if self.has_validation else self.parts.fit
-        pipeline = self.sources.pipeline(self.sources.fit(learnt_from, encoder))
+        learnt_from = "refit" if self.has_validation else "fit"
+        pipeline = self.sources.pipeline(self.sources.fit(self.evidence, learnt_from, encoder))
         pipeline.use(Fusion.from_dict(self.state["fusion"]))
-        report = judge_fusion(pipeline.fusion, *self._fusion_arguments(pipeline)) if len(self.parts.choice) else NOT_JUDGED
+        report = judge_fusion(pipeline.fusion, *self._fusion_arguments(pipeline)) if self.evidence.num_held("choice") else NOT_JUDGED
         ranker_report: dict = {}
         weight = 0.0
         by_weight: dict[float, float] = {}
@@ -144,8 +133,7 @@ class Stages:
             ranker_report = self.state["ranker"]["report"]
             pipeline.ranker = self._load_ranker()
             pipeline.use(pipeline.fusion)  # the ranker's sources are computed too, with weight or without
-            positions = sample(self.parts.choice, MAX_WEIGHT_QUERIES, self.settings.seed)
-            weight, by_weight = choose_ranker_weight(pipeline, self.parts.all, positions)
+            weight, by_weight = choose_ranker_weight(pipeline, self.evidence.held("choice", MAX_WEIGHT_QUERIES))
         shares = ", ".join(f"{name} {share:.2f}" for name, share in pipeline.fusion.weights.items())
         self.worker.say(f"fusion: {shares}; ranker weight {weight:g}")
         models = dict(pipeline.bundle.models)
@@ -171,7 +159,7 @@ class Stages:
             },
             "leakage": {
                 "retrieval_for_ranker": "fit: training part minus each user's last positions",
-                "ranker_learns_on": f"{len(self.parts.heldout)} held-out training positions",
+                "ranker_learns_on": f"{self.evidence.num_held('heldout')} held-out training positions",
                 "chosen_on": "validation part" if self.has_validation else "held-out training positions of every other user",
                 "retrieval_served": "refit: " + ("training part" if self.plan.fit == "train" else "training and validation part"),
             },
@@ -191,13 +179,12 @@ class Stages:
         worker.saved = before
         if encoder is not None:
             parts = storage.read_json(os.path.join(folder, PARTS))
-            for name, model in self.sources.fit(self.parts.upto_valid, encoder).items():
+            for name, model in self.sources.fit(self.evidence, "last refit", encoder).items():
                 parts["metas"][name] = _write_model(folder, name, model)
             storage.write_json(os.path.join(folder, PARTS), parts)
 
     def _fusion_arguments(self, pipeline: Pipeline) -> tuple:
-        positions = sample(self.parts.choice, max_fusion_queries(self.worker.num_items), self.settings.seed)
-        return fusion_arguments(pipeline, self.parts.all, positions)
+        return fusion_arguments(pipeline, self.evidence.held("choice", max_fusion_queries(self.worker.num_items)))
 
     def _load_ranker(self) -> Any:
         arrays = {name: tensor.numpy() for name, tensor in self.worker.saved.under("ranker/")[0].items()}

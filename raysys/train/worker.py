@@ -16,8 +16,9 @@ from raysys import storage
 from raysys.prepare.dataset import Prepared
 from raysys.train.checkpoint import Saved, read_rows, read_state, write_rows, write_state
 from raysys.train.config import TrainConfig
+from raysys.train.evidence import Evidence
 from raysys.train.parallel import Parallel
-from raysys.train.stream import Survey
+from raysys.train.survey import Survey
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Worker:
 
     Attributes:
         prepared: the prepared set. num_items: N.
+        evidence: what it may learn from.
         parallel: this rank among the others.
         device: where the encoder runs.
         saved: what is kept between stages; from the last checkpoint where there is one.
@@ -67,6 +69,7 @@ class Worker:
         self.say = say if rank == 0 else lambda line: None
         self.prepared = Prepared.open(plan.prepared_uri)
         self.num_items = self.prepared.num_items
+        self.evidence = Evidence(self.prepared, plan.settings, plan.survey)
         self.device = ray.train.torch.get_device()
         if self.device.type == "cuda" and not torch.cuda.is_available():
             self.say("the node has a GPU, but torch cannot use it: training on the CPU; install torch with CUDA there")
