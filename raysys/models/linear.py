@@ -10,7 +10,7 @@ Source: Choi et al., "Session-aware Linear Item-Item Models" (SLIT), WWW 2021; t
 own weight is that of Steck, "Autoencoders that don't overfit towards the Identity" (EDLAE), NeurIPS 2020.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -27,16 +27,12 @@ class LinearConfig:
 
     decay: float = 0.8
     """Weight of a history item relative to the one after it, in (0, 1)."""
-    horizon_decay: float = 0.0
-    """Weight of a later target relative to the one before it, in [0, 1); 0 learns the very next event alone."""
     window: int = 50
     """Two events of a user at most this many events apart are regressed on each other, in events."""
     ridge: float = 1.0
     """Penalty of every item alike, in events."""
     own_ridge: float = 1.0
     """Penalty of an item in units of its own weight in the data, dimensionless: dropping history items at random has this effect."""
-    candidate_exponent: float = 0.0
-    """Scores are divided by the candidate's popularity to this power, dimensionless."""
     neighbours: int = 500
     """Largest coefficients kept of each history item, of either sign."""
     max_items: int = 15_000
@@ -46,8 +42,6 @@ class LinearConfig:
     def __post_init__(self) -> None:
         if not 0 < self.decay < 1:
             raise ValueError(f"decay: expected a number in (0, 1), got {self.decay}")
-        if not 0 <= self.horizon_decay < 1:
-            raise ValueError(f"horizon_decay: expected a number in [0, 1), got {self.horizon_decay}")
         for name in ("window", "neighbours", "max_items"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -72,7 +66,7 @@ class Linear:
     @classmethod
     def fit(
         cls,
-        sequences: Sequences,
+        pieces: Iterable[Sequences],
         num_items: int,
         config: LinearConfig | None = None,
         *,
@@ -81,7 +75,7 @@ class Linear:
         """Solve the regression on all events given (pass the training part).
 
         Args:
-            sequences: U histories of known items.
+            pieces: histories of known items, each user's in one of them.
             num_items: N, at most `max_items`.
             config: settings; defaults when None.
             event_weights: weight by event code; missing codes weigh 1.
@@ -93,14 +87,15 @@ class Linear:
         if num_items > config.max_items:
             raise ValueError(f"linear: expected at most max_items ({config.max_items:,}) items, got {num_items:,}")
         weights = np.asarray(event_weights, np.float32)
-        keep = _counts(sequences.events, weights)
-        gram, cross = _moments(sequences.rows[keep], sequences.items[keep], num_items, config)
-        popularity = np.maximum(np.bincount(sequences.items[keep], minlength=num_items), 1).astype(np.float32)
+        # Fortran order, which LAPACK overwrites without a copy.
+        gram, cross = (np.zeros((num_items, num_items), np.float32, order="F") for _ in range(2))
+        for sequences in pieces:
+            keep = _counts(sequences.events, weights)
+            _add_moments(gram, cross, sequences.rows[keep], sequences.items[keep], config)
         diagonal = gram.diagonal().copy()
         gram[np.diag_indices(num_items)] = diagonal * (1 + config.own_ridge) + config.ridge
         factor = linalg.cho_factor(gram, lower=True, overwrite_a=True, check_finite=False)
         coefficients = linalg.cho_solve(factor, cross, overwrite_b=True, check_finite=False)
-        coefficients *= popularity**-config.candidate_exponent
         np.fill_diagonal(coefficients, 0.0)
         return cls(_largest(coefficients, config.neighbours), config, weights)
 
@@ -154,29 +149,25 @@ class Linear:
         return history
 
 
-def _moments(rows: np.ndarray, items: np.ndarray, num_items: int, config: LinearConfig) -> tuple[np.ndarray, np.ndarray]:
-    """What the regression needs to know of the data, (N, N) float32 each, from pairs of events instead of positions.
+def _add_moments(gram: np.ndarray, cross: np.ndarray, rows: np.ndarray, items: np.ndarray, config: LinearConfig) -> None:
+    """Add what the regression needs to know of some users, from pairs of events instead of positions.
 
-    At position t the history is x_t = sum over a <= t of decay^(t-a) e(i_a), the target y_t = sum over b > t of
-    horizon_decay^(b-t-1) e(i_b). Summed over the positions that have a next event,
+    At position t the history is x_t = sum over a <= t of decay^(t-a) e(i_a), the target y_t = e(i_(t+1)). Summed over the positions
+    that have a next event,
 
         x x' [i_a, i_b] = decay^(b-a) s_b,  s_b = 1 + decay^2 s_(b+1), 0 at the last event;
-        x y' [i_a, i_b] = sum over a <= t < b of decay^(t-a) horizon_decay^(b-t-1).
+        x y' [i_a, i_b] = decay^(b-a-1).
 
     Args:
+        gram, cross: (N, N) float32 in Fortran order, sums of x x' and of x y' [history item, target], added to.
         rows: (E,) user of each event, ascending. items: (E,) int32.
-        num_items: N.
         config: decays and window.
-
-    Returns:
-        Sum of x x', and of x y' [history item, target].
     """
+    num_items = len(gram)
     lengths = np.bincount(rows) if len(rows) else np.zeros(1, np.int64)
     from_end = np.cumsum(lengths)[rows] - 1 - np.arange(len(rows))
-    decay, horizon = config.decay, config.horizon_decay
+    decay = config.decay
     left = ((1 - decay ** (2.0 * from_end)) / (1 - decay**2)).astype(np.float32)  # s_b in closed form
-    # Fortran order, which LAPACK overwrites without a copy: columns are contiguous, hence target * N + history item below.
-    gram, cross = (np.zeros((num_items, num_items), np.float32, order="F") for _ in range(2))
     flat_gram, flat_cross = gram.reshape(-1, order="F"), cross.reshape(-1, order="F")
     np.add.at(flat_gram, items.astype(np.int64) * (num_items + 1), left)
     for distance in range(1, min(config.window, int(lengths.max()) - 1) + 1):
@@ -185,9 +176,7 @@ def _moments(rows: np.ndarray, items: np.ndarray, num_items: int, config: Linear
         weight = np.float32(decay**distance) * left[later]
         np.add.at(flat_gram, first * num_items + second, weight)
         np.add.at(flat_gram, second * num_items + first, weight)
-        reach = sum(decay ** (distance - 1 - step) * horizon**step for step in range(distance))
-        np.add.at(flat_cross, second * num_items + first, np.float32(reach))
-    return gram, cross
+        np.add.at(flat_cross, second * num_items + first, np.float32(decay ** (distance - 1)))
 
 
 def _counts(events: np.ndarray, event_weights: np.ndarray) -> np.ndarray:
