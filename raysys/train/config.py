@@ -132,7 +132,7 @@ def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np
     """Fill what nobody set from statistics of the data.
 
     Short histories over many items overfit at once and want strong dropout;
-    long ones want context and less of it.
+    long ones want context, depth and less of it.
 
     Args:
         settings: as configured.
@@ -150,7 +150,14 @@ def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np
     loss = settings.encoder.loss if "encoder.loss" in given else "sampled" if num_items > LARGE_CATALOGUE else "softmax"
     only_new = repeats < RARE_REPEATS and loss == "softmax" and not settings.scaling.shard_items
     wanted: dict[str, dict[str, Any]] = {
-        "interest": {"dropout": 0.3 if few else 0.2 if dense else 0.5, "max_length": context, "exclude_seen": only_new},
+        "interest": {
+            "dropout": 0.3 if few else 0.2 if dense else 0.5,
+            "max_length": context,
+            "num_layers": 4 if dense and not few else 2,
+            "gated": dense,
+            "positions": "rotary" if dense else "learned",
+            "exclude_seen": only_new,
+        },
         "encoder": {
             "batch_size": int(np.clip(2 ** np.round(np.log2(windows / 90)), 16, 256)),  # about 90 steps an epoch
             "weight_decay": 0.1 if dense else 0.5,
