@@ -88,7 +88,7 @@ def one_seed(folder: Path, prepared: Path, seed: int, arguments: argparse.Namesp
 
 def raysys(command: list[str], log: Path):
     """Run a command of raysys, its output in a log; what it took."""
-    return measured([sys.executable, "-m", "raysys.cli", *command], log=str(log))
+    return measured([sys.executable, "-m", "raysys.cli", *command], hertz=1.0, log=str(log))
 
 
 def as_told(name: str, label: str, runs: list[dict], arguments: argparse.Namespace) -> dict:

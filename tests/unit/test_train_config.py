@@ -11,9 +11,17 @@ from raysys.train.config import LARGE_CATALOGUE, load_train_config, with_data_de
 LENGTHS = np.full(1000, 8)
 
 
-def defaults(overrides=(), *, num_items=5000, repeats=0.0):
+def defaults(overrides=(), *, num_items=5000, repeats=0.0, lengths=LENGTHS):
     settings, given = load_train_config(None, list(overrides))
-    return with_data_defaults(settings, given, LENGTHS, num_items, repeats)
+    return with_data_defaults(settings, given, lengths, num_items, repeats)
+
+
+def test_many_long_histories_get_depth_and_less_dropout():
+    short, few, many = (defaults(lengths=lengths).interest for lengths in (LENGTHS, np.full(1000, 100), np.full(5000, 100)))
+    assert (short.num_layers, short.dropout, short.max_length) == (2, 0.5, 16)
+    assert (few.num_layers, few.dropout, few.max_length) == (2, 0.3, 128)
+    assert (many.num_layers, many.dropout, many.max_length) == (4, 0.2, 128)
+    assert defaults(["interest.num_layers=1"], lengths=np.full(5000, 100)).interest.num_layers == 1
 
 
 def test_only_unseen_items_are_learnt_where_users_hardly_repeat():
