@@ -75,7 +75,12 @@ def run_trials(
         ray_tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
         param_space=None if settings.algorithm == "optuna" else {name: _domain(domain) for name, domain in search.items()},
         tune_config=ray_tune.TuneConfig(
-            metric="ndcg", mode="max", num_samples=count, search_alg=algorithm, scheduler=_scheduler(settings, base.encoder.epochs, search)
+            metric="ndcg",
+            mode="max",
+            num_samples=count,
+            search_alg=algorithm,
+            scheduler=_scheduler(settings, base.encoder.epochs, search),
+            reuse_actors=True,  # a process that has imported torch; PBT would start one for each trial at each decision
         ),
         run_config=ray_tune.RunConfig(
             storage_path=work,
@@ -92,7 +97,8 @@ def _scheduler(settings: TuneConfig, epochs: int, search: dict[str, dict]) -> An
     if settings.scheduler == "asha":
         return ASHAScheduler(time_attr="epoch", max_t=epochs, grace_period=max(1, epochs // 10), reduction_factor=settings.reduction)
     if settings.scheduler == "pbt":
-        mutations = {name: _domain(domain) for name, domain in search.items()}
+        # A choice is a list here: values of a domain would be multiplied, and lead out of it.
+        mutations = {name: domain["choice"] if "choice" in domain else _domain(domain) for name, domain in search.items()}
 
         def inside(choice: dict) -> dict:
             """Changes are factors of 1.2 and 0.8 and could lead out of the space, a dropout above 1 for instance."""
@@ -100,7 +106,12 @@ def _scheduler(settings: TuneConfig, epochs: int, search: dict[str, dict]) -> An
             return {**choice, **{name: min(max(choice[name], low), high) for name, (low, high) in ranges.items()}}
 
         return PopulationBasedTraining(
-            time_attr="epoch", perturbation_interval=settings.perturb_every, hyperparam_mutations=mutations, custom_explore_fn=inside
+            time_attr="epoch",
+            perturbation_interval=settings.perturb_every,
+            hyperparam_mutations=mutations,
+            custom_explore_fn=inside,
+            # All wait for each other: else one that starts early is over before the others come to learn from it.
+            synch=True,
         )
     return FIFOScheduler()
 
