@@ -228,16 +228,13 @@ def test_a_node_dies_during_training(nodes, prepared, bundle, at):
 
 @pytest.mark.slow
 def test_a_node_dies_during_a_search(nodes, prepared, at):
-    overrides = [*SETTINGS, "scaling={use_gpu: true, cpus_per_worker: 1}"]
-    tune(prepared, at("tuned-0"), config_uri=None, overrides=overrides, samples=3, seed=0)
-
-    def has_result() -> bool:
-        return any(name.endswith("result.json") for name in storage.list_files(at("tuned-1/work")))
-
-    with nodes.kill_when(has_result):
-        tune(prepared, at("tuned-1"), config_uri=None, overrides=overrides, samples=3, seed=0)
+    """Two trials at a time, four in all: when the first one has ended, others are under way on both nodes."""
+    overrides = [*SETTINGS, "encoder.epochs=12", "scaling={use_gpu: true, cpus_per_worker: 1}"]
+    tune(prepared, at("tuned-0"), config_uri=None, overrides=overrides, samples=4, seed=0)
+    with nodes.kill_when(lambda: bool(storage.list_dir(at("tuned-1/trials")))):
+        tune(prepared, at("tuned-1"), config_uri=None, overrides=overrides, samples=4, seed=0)
     undisturbed, disturbed = (storage.read_json(storage.join(at(name), "trials.json")) for name in ("tuned-0", "tuned-1"))
-    assert [trial["error"] for trial in disturbed["trials"]] == [None] * 3
+    assert [trial["error"] for trial in disturbed["trials"]] == [None] * 4
     # ASHA decides by who comes first, so what a trial came to is compared for the epochs that both ran.
     for first, second in zip(undisturbed["trials"], disturbed["trials"], strict=True):
         both = min(len(first["loss"]), len(second["loss"]))
