@@ -135,7 +135,7 @@ class _Trainee(nn.Module):
                 return full_softmax_loss(states, encoder.item_vectors(), targets, dtype=dtype)
             log_expected = math.log(len(negatives) / encoder.num_items)
             positive, negative = encoder.item_vectors(targets), encoder.item_vectors(negatives)
-            return sampled_softmax_loss(states, positive, negative, targets, negatives, log_expected)
+            return sampled_softmax_loss(states, positive, negative, targets, negatives, log_expected, dtype=dtype)
         first, stop = encoder.items.first, encoder.items.stop
         if negatives is None:
             return sharded_softmax_loss(states, encoder.item_vectors(), targets, first=first, parallel=self.parallel, dtype=dtype)
