@@ -212,10 +212,14 @@ class _Watcher(ray_tune.Callback):
         self.records: dict[str, dict] = {}
 
     def _record(self, trial: Any, trials: list) -> dict:
-        if trial.trial_id not in self.records:
-            number = self.numbers[[other.trial_id for other in trials].index(trial.trial_id)]
-            self.records[trial.trial_id] = {"trial": number, "settings": {}, **copy.deepcopy(BLANK)}
+        self.on_step_end(0, trials)
         return self.records[trial.trial_id]
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        # Numbered as they come: a trial that is started again after a failure moves to the end of Ray Tune's list.
+        for trial in trials:
+            if trial.trial_id not in self.records:
+                self.records[trial.trial_id] = {"trial": self.numbers[len(self.records)], "settings": {}, **copy.deepcopy(BLANK)}
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         record = self._record(trial, trials)
