@@ -92,8 +92,8 @@ def train(
             run_stages,
             train_loop_config={"plan": plan, "board": board},
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers > 1 and _has_cuda(settings) else "gloo"),
-            scaling_config=RayScalingConfig(
-                num_workers=_elastic(settings),  # type: ignore[arg-type]  # Ray Train takes a pair, its common signature does not say so
+            scaling_config=RayScalingConfig(  # type: ignore[call-arg]  # mypy sees the signature of before Train V2
+                num_workers=_elastic(settings),  # type: ignore[arg-type]
                 use_gpu=settings.scaling.use_gpu,
                 resources_per_worker={"CPU": cpus},
                 elastic_resize_monitor_interval_s=settings.scaling.resize_every_s,
