@@ -43,7 +43,8 @@ class ScalingConfig:
     input: Literal["auto", "memory", "stream"] = "auto"
     """Training histories in every worker's memory, or streamed through it by Ray Data; auto streams from 50 million events."""
     shuffle_events: int = 4_000_000
-    """Events that are shuffled together where they are streamed; a worker holds about three times its share of them, 5 bytes each."""
+    """Events that are shuffled together where they are streamed; a worker holds about three times its share of them, 5 bytes each.
+    Worker 0 learns the other models from as many at a time, about 300 bytes each."""
 
     def __post_init__(self) -> None:
         if self.workers < 1 or (self.cpus_per_worker is not None and self.cpus_per_worker < 1):

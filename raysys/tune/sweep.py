@@ -4,6 +4,7 @@ A finished trial is one JSON file, written by the driver as soon as it ends;
 what Ray Tune keeps for itself (pickles) is never read back.
 """
 
+import contextlib
 import copy
 import os
 import tempfile
@@ -19,11 +20,14 @@ from ray.tune.search import BasicVariantGenerator
 
 from raysys.errors import ConfigError
 from raysys.prepare.dataset import Prepared
-from raysys.train.batches import InMemory
 from raysys.train.checkpoint import read_rows, read_state, write_rows, write_state
 from raysys.train.config import TrainConfig
 from raysys.train.encoder import TrainState, train_encoder
-from raysys.train.parts import Judged, Parts, new_encoder, validation
+from raysys.train.encoder_stages import new_encoder
+from raysys.train.evidence import Evidence
+from raysys.train.stream import source_of
+from raysys.train.survey import Survey
+from raysys.train.validation import validation
 from raysys.tune.config import TuneConfig
 from raysys.tune.space import with_choice
 
@@ -32,6 +36,7 @@ BLANK: dict[str, Any] = {"ndcg@10": [], "loss": [], "epochs": 0, "best": None, "
 
 def run_trials(
     prepared_uri: str,
+    survey: Survey | None,
     base: TrainConfig,
     search: dict[str, dict],
     first: dict,
@@ -48,6 +53,7 @@ def run_trials(
 
     Args:
         prepared_uri: a prepared set.
+        survey: of it where it is streamed; None where every trial reads it.
         base: settings of every trial where the search says nothing.
         search: what `read_search` gave.
         first: what the settings as given say about what is searched.
@@ -69,7 +75,7 @@ def run_trials(
         _optuna(search, first, points, kept, seed) if settings.algorithm == "optuna" else BasicVariantGenerator(points_to_evaluate=points)
     )
     trainable = ray_tune.with_parameters(
-        _trial, prepared_uri=prepared_uri, base=base, use_gpu=gpus > 0, hand_on=settings.scheduler == "pbt"
+        _trial, prepared_uri=prepared_uri, survey=survey, base=base, use_gpu=gpus > 0, hand_on=settings.scheduler == "pbt"
     )
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
@@ -155,13 +161,13 @@ def _optuna(search: dict[str, dict], first: dict, points: list[dict], kept: list
     return searcher
 
 
-def _trial(choice: dict, *, prepared_uri: str, base: TrainConfig, use_gpu: bool, hand_on: bool) -> None:
+def _trial(choice: dict, *, prepared_uri: str, survey: Survey | None, base: TrainConfig, use_gpu: bool, hand_on: bool) -> None:
     """One training of the encoder; reports after each validation, with its state where others may take it over."""
     settings = with_choice(base, choice)
     torch.set_num_threads(settings.scaling.cpus_per_worker or 1)
     prepared = Prepared.open(prepared_uri)
-    parts = Parts(prepared.sequences(), settings)
-    encoder = new_encoder(prepared, settings)
+    evidence = Evidence(prepared, settings, survey)
+    encoder, source = new_encoder(prepared, settings), source_of(evidence, "fit")
     resume, checkpoint = None, ray_tune.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
@@ -181,17 +187,18 @@ def _trial(choice: dict, *, prepared_uri: str, base: TrainConfig, use_gpu: bool,
                 write_rows(folder, state.rows, state.first, state.stop)
                 ray_tune.report(_figures(last), checkpoint=ray_tune.Checkpoint.from_directory(folder))
 
-    train_encoder(
-        encoder,
-        InMemory(parts.fit),
-        settings.encoder,
-        seed=settings.seed,
-        device="cuda" if use_gpu and torch.cuda.is_available() else "cpu",
-        on_epoch=on_epoch,
-        on_checkpoint=on_checkpoint if hand_on else None,
-        resume=resume,
-        validate=validation(Judged.of(parts, settings, prepared.num_items)),
-    )
+    with contextlib.closing(source):  # also when the scheduler ends the trial: its process goes on with another one
+        train_encoder(
+            encoder,
+            source,
+            settings.encoder,
+            seed=settings.seed,
+            device="cuda" if use_gpu and torch.cuda.is_available() else "cpu",
+            on_epoch=on_epoch,
+            on_checkpoint=on_checkpoint if hand_on else None,
+            resume=resume,
+            validate=validation(evidence),
+        )
 
 
 def _figures(last: dict) -> dict:
