@@ -23,12 +23,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 
 from raysys import config, storage
 from raysys.adapters import import_dataset
 from raysys.batch.config import BatchConfig
-from raysys.batch.run import run_batch
+from raysys.batch.run import PartWriter, part_table, run_batch
+from raysys.batch.users import users_of_bundle
 from raysys.bundle import Bundle
 from raysys.evaluate.run import evaluate
 from raysys.events.identity import user_key
@@ -185,18 +187,18 @@ def test_prepare_on_a_shared_store(nodes, data, prepared, at):
 
 
 def test_a_node_dies_during_batch_inference(nodes, at):
-    """A worker on each of two nodes; what the dead one had under way is computed again, and every file is that of an undisturbed run."""
-    planted.build_bundle().write(at("planted"), manifest=planted.manifest())
-    settings = BatchConfig(users_per_part=2)
-
-    def lists(name: str) -> dict:
-        return run_batch(at("planted"), at(name), k=10, settings=settings, say=lambda line: None)
-
-    undisturbed = lists("lists-0")
+    """A worker on each of two nodes; what the dead one had under way is computed again, every file is as a worker here writes it."""
+    uri, settings = at("planted"), BatchConfig(users_per_part=2)
+    planted.build_bundle().write(uri, manifest=planted.manifest())
+    users, threads = users_of_bundle(Bundle.open(uri), settings.users_per_part), torch.get_num_threads()
+    here = PartWriter(uri, at("lists-0"), "final", 10, users.key, None, settings)
+    for part in users.parts:
+        here(part_table(part))
+    torch.set_num_threads(threads)
     with nodes.kill_when(lambda: len(storage.list_dir(at("lists-1"))) > 10):
-        disturbed = lists("lists-1")
-    assert disturbed["files"] == undisturbed["files"]
-    assert len(disturbed["files"]) == disturbed["this_run"]["parts"] == planted.NUM_USERS / 2
+        manifest = run_batch(uri, at("lists-1"), k=10, settings=settings, say=lambda line: None)
+    assert manifest["files"] == {name: storage.sha256(storage.join(at("lists-0"), name)) for name in storage.list_dir(at("lists-0"))}
+    assert len(manifest["files"]) == manifest["this_run"]["parts"] == planted.NUM_USERS / 2
 
 
 @pytest.mark.slow
