@@ -60,7 +60,8 @@ def _deployment(name: str) -> Deployment:
 
 def _actor(on_node: dict) -> dict:
     # Small shares of a CPU: a laptop with two cores must place all replicas; the kernel shares the time.
-    return {"num_cpus": 0.1, **on_node}
+    # None where the node is fixed: the head of a larger cluster often offers Ray no CPUs, to keep tasks away.
+    return {"num_cpus": 0 if on_node else 0.1, **on_node}
 
 
 def _location(name: str, value: str | None) -> str:

@@ -93,10 +93,11 @@ def train(
             run_stages,
             train_loop_config={"plan": plan, "board": board},
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers > 1 and _has_cuda(settings) else "gloo"),
-            scaling_config=RayScalingConfig(
-                num_workers=_elastic(settings),  # type: ignore[arg-type]  # Ray Train takes a pair, its common signature does not say so
+            scaling_config=RayScalingConfig(  # type: ignore[call-arg]  # mypy sees the signature of before Train V2
+                num_workers=_elastic(settings),  # type: ignore[arg-type]
                 use_gpu=settings.scaling.use_gpu,
                 resources_per_worker={"CPU": cpus},
+                elastic_resize_monitor_interval_s=settings.scaling.resize_every_s,
             ),
             run_config=RunConfig(
                 name=name,
@@ -123,18 +124,19 @@ def _resources(settings: TrainConfig) -> tuple[int, int]:
         nodes = [node for node in nodes if node.get("GPU", 0) >= 1]
     found = [int(node.get("CPU", 0)) for node in nodes]
 
-    def fits(cpus: int) -> bool:
+    def fits(workers: int, cpus: int) -> bool:
         slots = [int(node.get("CPU", 0) // cpus) for node in nodes]
         if scaling.use_gpu:
             slots = [min(slot, int(node["GPU"])) for slot, node in zip(slots, nodes, strict=True)]
-        return sum(slots) >= scaling.workers
+        return sum(slots) >= workers
 
-    cpus = scaling.cpus_per_worker or next((cpus for cpus in range(max(found, default=1), 0, -1) if fits(cpus)), 1)
+    cpus = scaling.cpus_per_worker or next((cpus for cpus in range(max(found, default=1), 0, -1) if fits(scaling.workers, cpus)), 1)
+    least = scaling.min_workers or scaling.workers  # the others may come later
     # GPU nodes may not be up yet: an autoscaler starts them when they are asked for.
-    if not fits(cpus) and not scaling.use_gpu:
+    if not fits(least, cpus) and not scaling.use_gpu:
         raise ConfigError(
-            f"scaling asks for {scaling.workers} workers of {cpus} CPUs, the cluster's nodes have {', '.join(map(str, found))}; "
-            "lower scaling.workers or scaling.cpus_per_worker"
+            f"scaling asks for {least} workers of {cpus} CPUs, the cluster's nodes have {', '.join(map(str, found))}; "
+            "lower scaling.workers, scaling.min_workers or scaling.cpus_per_worker"
         )
     return scaling.workers, cpus
 
