@@ -152,7 +152,7 @@ def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np
     windows = max(1.0, float(np.ceil(lengths / context).sum()))
     few = dense and lengths.sum() < SMALL_DATA
     loss = settings.encoder.loss if "encoder.loss" in given else "sampled" if num_items > LARGE_CATALOGUE else "softmax"
-    only_new = repeats < RARE_REPEATS and loss == "softmax" and not settings.scaling.shard_items
+    only_new = dense and repeats < RARE_REPEATS and loss == "softmax" and not settings.scaling.shard_items
     wanted: dict[str, dict[str, Any]] = {
         "interest": {
             "dropout": 0.3 if few else 0.2 if dense else 0.5,
