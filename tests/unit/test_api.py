@@ -9,6 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from raysys.bundle import Bundle
+from raysys.events.dead_letters import DeadLetters
 from raysys.events.embedded_log import EmbeddedLog
 from raysys.events.state import open_state
 from raysys.events.store import EventStore
@@ -17,7 +18,6 @@ from raysys.queries import Queries
 from raysys.serve.api import LIMITS
 from raysys.serve.catalogue import Catalogue, live_encoder
 from raysys.serve.http import create_app
-from raysys.serve.ingest import DeadLetters
 from raysys.serve.recommender import Budget, Recommender, RetrievedOne, Version, pad_candidates
 from tests.planted import CLUSTER_ITEMS, cluster_of
 
@@ -67,7 +67,10 @@ class LocalWriter:
     async def erase(self, user_id):
         record = self.store.erase_record(user_id)
         await self.write([record])
-        return self.store.receipt(record)
+        return record
+
+    async def held(self, user_id):
+        return self.store.records_of(user_id)
 
     def post(self, records):
         self.store.submit(records)
@@ -76,7 +79,7 @@ class LocalWriter:
 class World:
     def __init__(self, folder, bundle_uri: str | None):
         self.folder = folder
-        self.store = EventStore(EmbeddedLog(str(folder / "events"), writable=True), open_state(str(folder / "state")))
+        self.store = EventStore(EmbeddedLog(str(folder / "events"), writable=True), open_state(str(folder / "state")), clock=lambda: NOW)
         bundle = Bundle.open(bundle_uri) if bundle_uri else None
         self.backend = LocalBackend(bundle) if bundle else None
         self.recommender = Recommender(self.store.state, self.backend, clock=lambda: NOW, budget=Budget(ranking_s=0.3))
