@@ -59,11 +59,6 @@ class LocalWriter:
     async def reject(self, entries):
         self.dead_letters.write(entries)
 
-    async def erase(self, user_id):
-        record = self.store.erase_record(user_id)
-        await self.write([record])
-        return record
-
     async def held(self, user_id):
         return self.store.records_of(user_id)
 
@@ -78,7 +73,7 @@ class World:
         self.folder, self.now = folder, NOW
         place = place or (lambda name: str(folder / name))
         log, state = open_log(place("events"), writable=True), open_state(place("state"), limits)
-        self.store = EventStore(log, state, pseudonyms=pseudonyms, clock=lambda: self.now)
+        self.store = EventStore(log, state, pseudonyms=pseudonyms)
         bundle = Bundle.open(bundle_uri) if bundle_uri else None
         self.backend = LocalBackend(bundle) if bundle else None
         self.recommender = Recommender(self.store.state, self.backend, clock=lambda: self.now, budget=Budget(ranking_s=0.3))

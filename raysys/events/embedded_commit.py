@@ -1,8 +1,9 @@
 """One write transaction of the embedded state: what each kind of record changes.
 
-A user's history is parsed and written once a transaction, however many of its
-events are in it. Whatever a user did up to an erasure has no effect, in whatever
-order the records come.
+A history lies in two parts, the newest events apart from the rest, so that an
+event does not cost the rewriting of hundreds; and a part is parsed and written
+once a transaction. Whatever a user did up to an erasure has no effect, in
+whatever order the records come.
 """
 
 import struct
@@ -21,7 +22,7 @@ from raysys.schema import NON_HISTORY_EVENTS
 U64, F64 = struct.Struct(">Q"), struct.Struct(">d")
 TABLES = (
     "offsets",  # log segment -> u64 position
-    "histories",  # user key -> JSON list of events, newest last
+    "histories",  # user key -> JSON list of events by time; user key + NEWEST -> those that came since, as they came
     "sessions",  # session key -> the same
     "counters",  # user key -> JSON event type -> number
     "seen",  # user key + item id -> JSON event type -> last time
@@ -34,6 +35,7 @@ TABLES = (
     "event_id_times",  # u64 ms + event id -> nothing
     "popular",  # item id -> u64 events
 )
+NEWEST, NUM_NEWEST = b"+", 64
 OF_A_USER = ("histories", "counters", "seen_counts", "users")
 PRUNE_PER_COMMIT = 2000
 """Event ids forgotten a commit at most, so that no commit pays for a quiet week."""
@@ -74,7 +76,7 @@ class Commit:
         """Forget a user; nothing where this is known already, so that a replay does not take what came after."""
         if self._erased(key) >= at:
             return
-        for entry in self._load("histories", key, []):
+        for entry in self._load("histories", key, []) + self._load("histories", key + NEWEST, []):
             if entry[4]:
                 self._remove("sessions", user_key(entry[4]))
         for table in OF_A_USER:
@@ -114,11 +116,11 @@ class Commit:
         return True
 
     def _extend(self, table: str, key: bytes, entry: list) -> None:
-        history = self._load(table, key, [])
-        history.append(entry)
-        if len(history) > 1 and history[-2][2] > entry[2]:  # a late event
-            history.sort(key=lambda event: event[2])
-        del history[: -self._limits.max_events]
+        newest = self._load(table, key + NEWEST, [])
+        newest.append(entry)
+        if len(newest) >= NUM_NEWEST:
+            self._parsed[table, key] = in_order(self._load(table, key, []), newest, self._limits.max_events)
+            newest.clear()
 
     def _see(self, key: bytes, item_id: str, kind: str, at: float) -> None:
         table, name = self._tables["seen"], key + item_key(item_id)
@@ -168,8 +170,9 @@ class Commit:
         return found
 
     def _remove(self, table: str, key: bytes) -> None:
-        self._parsed.pop((table, key), None)
-        self._txn.delete(key, db=self._tables[table])
+        for name in (key, key + NEWEST):
+            self._parsed.pop((table, name), None)
+            self._txn.delete(name, db=self._tables[table])
 
     def _prune(self) -> None:
         oldest = U64.pack(max(0, int((self._now - self._limits.event_id_window_s) * 1000)))
@@ -179,6 +182,11 @@ class Commit:
                 return
             self._txn.delete(cursor.key()[U64.size :], db=self._tables["event_ids"])
             cursor.delete()
+
+
+def in_order(older: list[list], newest: list[list], limit: int) -> list[list]:
+    """The last events of a history by time; those of one moment as they came."""
+    return sorted([*older, *newest], key=lambda event: event[2])[-limit:]
 
 
 def seen_by(txn: lmdb.Transaction, table: Any, key: bytes) -> Iterator[tuple[bytes, bytes]]:

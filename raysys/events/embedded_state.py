@@ -14,7 +14,7 @@ import lmdb
 import orjson
 
 from raysys.errors import StateBehind, StateError
-from raysys.events.embedded_commit import F64, TABLES, U64, Commit, event_key, item_key, last_sequence, seen_by
+from raysys.events.embedded_commit import F64, NEWEST, TABLES, U64, Commit, event_key, in_order, item_key, last_sequence, seen_by
 from raysys.events.identity import KEY_BYTES, user_key
 from raysys.events.log import Record, Span, Tombstones
 from raysys.events.state import ItemState, StateLimits
@@ -99,11 +99,11 @@ class EmbeddedState:
 
     def history(self, user_id: str) -> list[HistoryEvent]:
         """See `UserState.history`."""
-        return _events(self._get("histories", user_key(user_id)))
+        return self._events("histories", user_key(user_id))
 
     def session_history(self, session_id: str) -> list[HistoryEvent]:
         """See `UserState.session_history`."""
-        return _events(self._get("sessions", user_key(session_id)))
+        return self._events("sessions", user_key(session_id))
 
     def user(self, user_id: str) -> dict[str, Any] | None:
         """See `UserState.user`."""
@@ -158,6 +158,11 @@ class EmbeddedState:
         """See `UserState.close`."""
         self._env.close()
 
+    def _events(self, table: str, key: bytes) -> list[HistoryEvent]:
+        with self._env.begin() as txn:
+            older, newest = (orjson.loads(txn.get(name, db=self._tables[table]) or b"[]") for name in (key, key + NEWEST))
+        return [HistoryEvent(*event[:4]) for event in in_order(older, newest, self.limits.max_events)]
+
     def _check_format(self, folder: str, readonly: bool) -> None:
         with self._env.begin(write=not readonly) as txn:
             offsets = self._tables["offsets"]
@@ -177,9 +182,3 @@ class EmbeddedState:
 def _item(value: bytes) -> ItemState:
     fields = orjson.loads(value)
     return ItemState(fields["attributes"], fields["deleted"], fields["sequence"])
-
-
-def _events(value: bytes | None) -> list[HistoryEvent]:
-    if value is None:
-        return []
-    return [HistoryEvent(item, event, timestamp, number) for item, event, timestamp, number, _ in orjson.loads(value)]

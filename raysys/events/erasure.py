@@ -1,8 +1,8 @@
-"""The receipt of an erasure: every place where something about a user could be, and what became of it there."""
+"""Erasing a user: the record that does it, and the receipt that says what became of every place where something could be."""
 
 from typing import Any
 
-from raysys.events.identity import signed
+from raysys.events.identity import signed, user_key
 from raysys.events.log import Record
 
 PLACES = {
@@ -16,6 +16,11 @@ PLACES = {
     "embedding_row": "no model has a row a user",
     "data_folders": "what you imported yourself and what was prepared from it is not reached from here",
 }
+
+
+def erase_record(user_id: str, at: float) -> Record:
+    """The record that makes state and every reader of the log forget what a user did up to a moment (UTC epoch seconds)."""
+    return {"kind": "erase", "user_key": user_key(user_id).hex(), "at": at}
 
 
 def receipt(record: Record, model_version: str | None, holds_history: bool) -> dict[str, Any]:

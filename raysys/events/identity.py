@@ -63,11 +63,13 @@ def _secret() -> bytes:
         if len(text) < 16:
             raise ConfigError(f"{KEY_VARIABLE}: expected at least 16 characters, got {len(text)}")
         return text.encode()
-    return _file_secret(str(storage.home() / "secrets" / "user.key"))
+    return _file_secret(os.environ.get("RAYSYS_HOME", ""), os.environ.get("HOME", ""))
 
 
 @functools.lru_cache(maxsize=8)
-def _file_secret(path: str) -> bytes:
+def _file_secret(*homes: str) -> bytes:
+    """The key in the file under the home of raysys, which follows from these variables; looked up for every hash, so kept."""
+    path = str(storage.home() / "secrets" / "user.key")
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         temporary = f"{path}.tmp-{secrets.token_hex(6)}"

@@ -7,7 +7,7 @@ Writes of concurrent requests are gathered into one fsync and one transaction
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 from raysys.errors import ServeOverloaded, StateBehind, StateError
@@ -34,11 +34,10 @@ class EventStore:
         log: writable.
         state: writable.
         pseudonyms: write keyed hashes instead of user and session ids to the log.
-        clock: seconds now.
     """
 
-    def __init__(self, log: EventLog, state: UserState, *, pseudonyms: bool = False, clock: Callable[[], float] = time.time):
-        self.log, self.state, self.pseudonyms, self.clock = log, state, pseudonyms, clock
+    def __init__(self, log: EventLog, state: UserState, *, pseudonyms: bool = False):
+        self.log, self.state, self.pseudonyms = log, state, pseudonyms
         self.replayed = self._replay()
         self._committed = time.monotonic()
         self._queue: queue.SimpleQueue[tuple[Sequence[Record], Future] | None] = queue.SimpleQueue()
@@ -59,10 +58,6 @@ class EventStore:
         future: Future[list[bool]] = Future()
         self._queue.put(([_hidden(record) for record in records] if self.pseudonyms else records, future))
         return future
-
-    def erase_record(self, user_id: str) -> Record:
-        """The record that makes state and later readers forget a user."""
-        return {"kind": "erase", "user_key": user_key(user_id).hex(), "at": self.clock()}
 
     def records_of(self, user_id: str) -> list[Record]:
         """Everything the log holds about a user; reads all of it."""

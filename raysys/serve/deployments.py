@@ -239,12 +239,6 @@ class Ingestion:
         """See `telling.Writer.reject`."""
         await asyncio.get_running_loop().run_in_executor(None, self._dead_letters.write, entries)
 
-    async def erase(self, user_id: str) -> Record:
-        """See `telling.Writer.erase`."""
-        record = self._store.erase_record(user_id)
-        await self.write([record])
-        return record
-
     async def held(self, user_id: str) -> list[Record]:
         """See `telling.Writer.held`."""
         return await asyncio.get_running_loop().run_in_executor(None, self._store.records_of, user_id)
@@ -286,7 +280,7 @@ class HandleWriter:
     async def write(self, records: list[Record]) -> list[bool]:
         """See `telling.Writer.write`; a write under way in a replica that dies is repeated on its successor.
 
-        That is safe: every event carries an `event_id` by now, and setting an attribute twice is setting it.
+        That is safe: every event carries an `event_id` by now, and setting an attribute or erasing twice is doing it once.
         """
         for wait_s in (*WRITE_RETRIES_S, None):
             try:
@@ -302,10 +296,6 @@ class HandleWriter:
     async def reject(self, entries: list[dict]) -> None:
         """See `telling.Writer.reject`."""
         await self._ingestion.reject.remote(entries)
-
-    async def erase(self, user_id: str) -> Record:
-        """See `telling.Writer.erase`."""
-        return await self._ingestion.erase.remote(user_id)
 
     async def held(self, user_id: str) -> list[Record]:
         """See `telling.Writer.held`."""

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from raysys.errors import SchemaError
-from raysys.events.erasure import receipt
+from raysys.events.erasure import erase_record, receipt
 from raysys.events.log import Record
 from raysys.serve.api import LIMITS, EventBody, EventsAnswer, EventsBody, ItemsBody
 from raysys.serve.ingest import check_attributes, check_events, checked_id
@@ -25,10 +25,6 @@ class Writer(Protocol):
 
     async def reject(self, entries: list[dict]) -> None:
         """Keep refused records in the dead-letter file."""
-        ...
-
-    async def erase(self, user_id: str) -> Record:
-        """Forget a user; the durable record that says so."""
         ...
 
     async def held(self, user_id: str) -> list[Record]:
@@ -141,7 +137,8 @@ def telling_users(recommender: Recommender, writer: Writer, clock: Callable[[], 
     @router.delete("/v1/users/{user_id}")
     async def delete_user(user_id: str) -> Response:
         """Forget a user; the answer is a signed receipt."""
-        record = await writer.erase(checked_id(user_id, "user_id"))
+        record = erase_record(checked_id(user_id, "user_id"), clock())
+        await writer.write([record])
         return JSON(receipt(record, *recommender.last_version_with(user_id)))
 
     return router

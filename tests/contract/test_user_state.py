@@ -239,7 +239,7 @@ def test_log_records_of_a_user_can_be_exported_and_hidden(place):
     (record,) = store.records_of("my own name")
     assert record["item_id"] == "i" and record["user_id"] == PSEUDONYM + user_key("my own name").hex()
     assert "my " not in repr(store.log.read()[0])
-    store.submit([store.erase_record("my own name")]).result()
+    store.submit([erase("my own name", 2.0)]).result()
     assert store.records_of("my own name") == [] and items(store.state, "my own name") == []
     store.close()
 

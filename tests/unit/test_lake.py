@@ -160,6 +160,25 @@ def test_a_call_that_is_killed_at_any_write_is_repeated_exactly(place, tmp_path,
     assert 10 < dies_at < 99
 
 
+def test_what_a_crash_left_of_a_batch_goes_when_the_batch_is_written_anew(log, lake, run, monkeypatch):
+    """Between the crash and the next call the only user of a day is erased: that day has no file in the batch any more."""
+    log.append([event(1, "ann", at=NOW - DAY), event(2, "bob")])
+    write = storage.write_bytes
+
+    def dying(uri, content):
+        if "date=2026-03-02" in uri:
+            raise KeyboardInterrupt
+        write(uri, content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "write_bytes", dying)
+        run()
+    assert table(lake)["user_id"].to_list() == ["ann"]
+    log.append([erase("ann", NOW)])
+    run()
+    assert table(lake)["user_id"].to_list() == ["bob"]
+
+
 def test_one_at_a_time_and_not_into_a_folder_of_something_else(place, log, lake, run, tmp_path):
     with log.exclusive("compact"), pytest.raises(StateError, match="another process"):
         run()
