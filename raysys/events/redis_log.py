@@ -25,6 +25,9 @@ from raysys.errors import StateError
 from raysys.events.log import EventLog, Record, SegmentInfo, Span, Tombstones, checked_consumer, is_erased
 from raysys.events.redis_server import RedisServer
 
+Entries = list[tuple[bytes, dict[bytes, bytes]]]
+CHUNK = 10_000
+"""Entries of one call."""
 SEGMENT_RECORDS = 500_000
 """A writer starts a new segment beyond so many records,"""
 SEGMENT_AGE_S = 3600.0
@@ -55,6 +58,16 @@ redis.call('HINCRBY', about, 'bytes', bytes)
 return 1
 """
 SHARED = ("segments", "tombstones", "tombstones:version")
+COPY = """
+local gone = {}
+for i = 4, #ARGV do gone[ARGV[i]] = true end
+for _, entry in ipairs(redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[2])) do
+  if not gone[entry[1]] then redis.call('XADD', KEYS[2], entry[1], unpack(entry[2])) end
+end
+if ARGV[3] == '1' then
+  if redis.call('EXISTS', KEYS[2]) == 1 then redis.call('RENAME', KEYS[2], KEYS[1]) else redis.call('DEL', KEYS[1]) end
+end
+"""
 RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 PROLONG = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
 
@@ -116,11 +129,11 @@ class RedisLog(EventLog):
         key = self._key(f"segment:{segment}")
         records: list[Record] = []
         while limit is None or len(records) < limit:
-            count = 10_000 if limit is None else min(10_000, limit - len(records))
+            count = CHUNK if limit is None else min(CHUNK, limit - len(records))
             with self._server.translated(), self._redis.pipeline() as pipe:
                 pipe.hget(self._key(f"about:{segment}"), "stop")
                 pipe.xrange(key, min=f"{start + 1}-0", count=count)
-                stop, entries = cast(tuple[bytes | None, list[tuple[bytes, dict[bytes, bytes]]]], pipe.execute())
+                stop, entries = cast(tuple[bytes | None, Entries], pipe.execute())
             if not entries:
                 start = max(start, int(stop or 0))  # what was overwritten at the end is read too
                 break
@@ -160,22 +173,40 @@ class RedisLog(EventLog):
         tombstones = self.tombstones()
         count = 0
         for segment in self.segments() if tombstones else ():
-            key, start = self._key(f"segment:{segment}"), 0
-            while True:
-                with self._server.translated():
-                    entries = cast(list[tuple[bytes, dict[bytes, bytes]]], self._redis.xrange(key, min=f"{start + 1}-0", count=10_000))
-                if not entries:
-                    break
-                gone = [name for name, fields in entries if is_erased(orjson.loads(fields[b"r"]), tombstones)]
-                if gone:
-                    with self._server.translated():
-                        self._redis.xdel(key, *gone)
-                count += len(gone)
-                start = int(entries[-1][0].partition(b"-")[0])
+            found = sum(len(_erased_in(entries, tombstones)) for entries in self._chunks(segment))
+            if found:
+                self._copy_without_erased(segment, tombstones)
+            count += found
         if count:
             with contextlib.suppress(StateError), self._server.translated():  # one may be under way already
                 self._redis.bgrewriteaof()
         return count
+
+    def _chunks(self, segment: str) -> Iterator[Entries]:
+        start = b"-"
+        while True:
+            with self._server.translated():
+                entries = cast(Entries, self._redis.xrange(self._key(f"segment:{segment}"), min=start, count=CHUNK))
+            if not entries:
+                return
+            yield entries
+            start = b"(" + entries[-1][0]
+
+    def _copy_without_erased(self, segment: str, tombstones: Tombstones) -> None:
+        """Put a copy of a stream in its place. XDEL only marks entries: they would stay in memory and in the file.
+
+        Copied in chunks, so that the server answers others meanwhile; the last step takes what was appended since and renames.
+        """
+        keys = [self._key(f"segment:{segment}"), self._key(f"copy:{segment}")]
+        copy, last = self._redis.register_script(COPY), b"0"
+        with self._server.translated():
+            self._redis.delete(keys[1])
+        for entries in self._chunks(segment):
+            last = entries[-1][0]
+            with self._server.translated():
+                copy(keys=keys, args=[entries[0][0], last, 0, *_erased_in(entries, tombstones)])
+        with self._server.translated():
+            copy(keys=keys, args=[b"(" + last, b"+", 1])
 
     def commit(self, consumer: str, offset: str) -> None:
         """See `EventLog.commit`."""
@@ -226,3 +257,8 @@ class RedisLog(EventLog):
     def _start_segment(self) -> None:
         self._started_ms = max(int(time.time() * 1000), self._started_ms + 1)
         self._segment, self._position = f"seg-{self._started_ms:013d}-{secrets.token_hex(6)}", 0
+
+
+def _erased_in(entries: Entries, tombstones: Tombstones) -> list[bytes]:
+    """Names of the entries of erased users."""
+    return [name for name, fields in entries if is_erased(orjson.loads(fields[b"r"]), tombstones)]

@@ -16,8 +16,8 @@ KILLS, CLIENTS = 20, 3
 
 
 @pytest.mark.slow
-def test_kill_9_of_ingestion_replicas_twenty_times(tmp_path):
-    places = {name: str(tmp_path / name) for name in ("registry", "events", "state")}
+def test_kill_9_of_ingestion_replicas_twenty_times(tmp_path, place):
+    places = {"registry": str(tmp_path / "registry"), "events": place("events"), "state": place("state")}
     answered, stop = [0] * CLIENTS, threading.Event()
 
     def client(number: int) -> None:

@@ -7,8 +7,10 @@ import time
 import pytest
 
 from raysys.errors import StateError
+from raysys.events.erasure import erase_record
 from raysys.events.log import open_log
 from raysys.events.state import open_state
+from raysys.events.store import EventStore
 from tests.redis_process import RedisProcess
 
 
@@ -90,3 +92,27 @@ def test_a_repeated_append_is_there_once(server):
     log.append([RECORD, {**RECORD, "event_id": "b"}])
     assert sent == [1, 0]
     assert [record["event_id"] for record in log.read()[0]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("server", [{"rdbcompression": "no"}], indirect=True)
+def test_no_file_of_the_server_names_an_erased_user_once_the_log_was_overwritten(server, tmp_path):
+    """Its append-only file has every event that ever came, until it is written anew."""
+    store = EventStore(open_log(server.uri, writable=True), open_state(server.uri))
+    store.submit([{**RECORD, "user_id": "a very private name", "session_id": "my phone", "received": 1.0}]).result()
+    store.submit([{"kind": "user", "user_id": "a very private name", "attributes": {"town": "Bonn"}, "received": 1.0}]).result()
+
+    store.submit([{**RECORD, "event_id": "b", "user_id": "v", "received": 3.0}]).result()
+
+    def files() -> bytes:
+        return b"".join(path.read_bytes() for path in server.folder.rglob("*") if path.is_file())
+
+    assert b"a very private name" in files() and b"my phone" in files()
+    store.submit([erase_record("a very private name", 2.0)]).result()
+    assert store.log.overwrite_erased() == 2
+    client, deadline = store.log._server.client, time.monotonic() + 20
+    while time.monotonic() < deadline and (client.info()["aof_rewrite_in_progress"] or b"a very private name" in files()):
+        time.sleep(0.05)
+    for secret in (b"a very private name", b"my phone", b"Bonn"):
+        assert secret not in files()
+    assert [record["user_id"] for record in store.log.read()[0] if record["kind"] == "event"] == ["v"]
+    store.close()
