@@ -7,14 +7,14 @@ whatever order the records come.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import lmdb
 import orjson
 
 from raysys.errors import StateError
-from raysys.events.identity import user_key
+from raysys.events.identity import KEY_BYTES, user_key
 from raysys.events.log import Record, moment
 from raysys.events.state import StateLimits
 from raysys.schema import NON_HISTORY_EVENTS
@@ -24,6 +24,9 @@ TABLES = (
     "offsets",  # log segment -> u64 position
     "histories",  # user key -> JSON list of events by time; user key + NEWEST -> those that came since, as they came
     "sessions",  # session key -> the same
+    "sessions_of",  # user key + session key -> nothing
+    "session_owners",  # session key -> u64 ms of the last event (within TOUCH_S), user key
+    "session_times",  # u64 ms + session key -> nothing
     "counters",  # user key -> JSON event type -> number
     "seen",  # user key + item id -> JSON event type -> last time
     "seen_counts",  # user key -> u64 entries in `seen`
@@ -38,7 +41,9 @@ TABLES = (
 NEWEST, NUM_NEWEST = b"+", 64
 OF_A_USER = ("histories", "counters", "seen_counts", "users")
 PRUNE_PER_COMMIT = 2000
-"""Event ids forgotten a commit at most, so that no commit pays for a quiet week."""
+"""Event ids and sessions forgotten a commit at most, so that no commit pays for a quiet week."""
+TOUCH_S = 3600.0
+"""How exactly it is known when a session had its last event."""
 SEEN_SLACK = 0.1
 """Share of the bound that is forgotten at once, so that not every event beyond it pays for a scan."""
 
@@ -76,20 +81,20 @@ class Commit:
         """Forget a user; nothing where this is known already, so that a replay does not take what came after."""
         if self._erased(key) >= at:
             return
-        for entry in self._load("histories", key, []) + self._load("histories", key + NEWEST, []):
-            if entry[4]:
-                self._remove("sessions", user_key(entry[4]))
+        for name, _ in starting_with(self._txn, self._tables["sessions_of"], key):
+            self._end_session(name[KEY_BYTES:])
         for table in OF_A_USER:
             self._remove(table, key)
-        for name in [name for name, _ in seen_by(self._txn, self._tables["seen"], key)]:
+        for name, _ in starting_with(self._txn, self._tables["seen"], key):
             self._txn.delete(name, db=self._tables["seen"])
         self._txn.put(key, F64.pack(at), db=self._tables["erased"])
 
     def finish(self) -> None:
-        """Write what was gathered, and forget event ids that are too old."""
+        """Write what was gathered, and forget event ids and sessions that are too old."""
         for (table, key), value in self._parsed.items():
             self._txn.put(key, orjson.dumps(value), db=self._tables[table])
-        self._prune()
+        self._prune("event_id_times", self._limits.event_id_window_s, lambda key: self._txn.delete(key, db=self._tables["event_ids"]))
+        self._prune("session_times", self._limits.session_window_s + TOUCH_S, self._end_session)
 
     def _event(self, record: Record) -> bool:
         event_id = record.get("event_id")
@@ -105,10 +110,12 @@ class Commit:
         counters[kind] = counters.get(kind, 0) + 1
         if kind in NON_HISTORY_EVENTS:
             return True
-        entry = [record["item_id"], kind, record["timestamp"], record.get("value"), record.get("session_id")]
+        entry = [record["item_id"], kind, record["timestamp"], record.get("value")]
         self._extend("histories", key, entry)
         if record.get("session_id"):
-            self._extend("sessions", user_key(record["session_id"]), entry)
+            session = user_key(record["session_id"])
+            self._extend("sessions", session, entry)
+            self._touch_session(session, key)
         self._see(key, record["item_id"], kind, record["timestamp"])
         name = item_key(record["item_id"])
         count = self._txn.get(name, db=self._tables["popular"])
@@ -122,6 +129,25 @@ class Commit:
             self._parsed[table, key] = in_order(self._load(table, key, []), newest, self._limits.max_events)
             newest.clear()
 
+    def _touch_session(self, session: bytes, user: bytes) -> None:
+        now, owners = int(self._now * 1000), self._tables["session_owners"]
+        old = bytes(self._txn.get(session, db=owners) or b"")
+        if old and old[U64.size :] == user and now - U64.unpack_from(old)[0] < TOUCH_S * 1000:
+            return
+        if old:
+            self._txn.delete(old[: U64.size] + session, db=self._tables["session_times"])
+        self._txn.put(session, U64.pack(now) + user, db=owners)
+        self._txn.put(U64.pack(now) + session, b"", db=self._tables["session_times"])
+        self._txn.put(user + session, b"", db=self._tables["sessions_of"])
+
+    def _end_session(self, session: bytes) -> None:
+        self._remove("sessions", session)
+        owner = bytes(self._txn.get(session, db=self._tables["session_owners"]) or b"")
+        if owner:
+            self._txn.delete(owner[: U64.size] + session, db=self._tables["session_times"])
+            self._txn.delete(owner[U64.size :] + session, db=self._tables["sessions_of"])
+            self._txn.delete(session, db=self._tables["session_owners"])
+
     def _see(self, key: bytes, item_id: str, kind: str, at: float) -> None:
         table, name = self._tables["seen"], key + item_key(item_id)
         value = self._txn.get(name, db=table)
@@ -132,7 +158,7 @@ class Commit:
         stored = self._txn.get(key, db=self._tables["seen_counts"])
         count = 1 + (U64.unpack(stored)[0] if stored else 0)
         if count > self._limits.max_seen:
-            oldest = sorted(seen_by(self._txn, table, key), key=lambda pair: max(orjson.loads(pair[1]).values()))
+            oldest = sorted(starting_with(self._txn, table, key), key=lambda pair: max(orjson.loads(pair[1]).values()))
             gone = oldest[: count - self._limits.max_seen + int(SEEN_SLACK * self._limits.max_seen)]
             for old, _ in gone:
                 self._txn.delete(old, db=table)
@@ -174,14 +200,15 @@ class Commit:
             self._parsed.pop((table, name), None)
             self._txn.delete(name, db=self._tables[table])
 
-    def _prune(self) -> None:
-        oldest = U64.pack(max(0, int((self._now - self._limits.event_id_window_s) * 1000)))
-        cursor = self._txn.cursor(self._tables["event_id_times"])
+    def _prune(self, table: str, window_s: float, forget: Callable[[bytes], object]) -> None:
+        """Forget the keys of a table of times that are older than a window, oldest first."""
+        oldest, times = U64.pack(max(0, int((self._now - window_s) * 1000))), self._tables[table]
         for _ in range(PRUNE_PER_COMMIT):
-            if not cursor.first() or bytes(cursor.key()) >= oldest:
+            cursor = self._txn.cursor(times)
+            if not cursor.first() or (name := bytes(cursor.key())) >= oldest:
                 return
-            self._txn.delete(cursor.key()[U64.size :], db=self._tables["event_ids"])
-            cursor.delete()
+            forget(name[U64.size :])
+            self._txn.delete(name, db=times)
 
 
 def in_order(older: list[list], newest: list[list], limit: int) -> list[list]:
@@ -189,14 +216,16 @@ def in_order(older: list[list], newest: list[list], limit: int) -> list[list]:
     return sorted([*older, *newest], key=lambda event: event[2])[-limit:]
 
 
-def seen_by(txn: lmdb.Transaction, table: Any, key: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(user key + item id, value) of everything a user has seen."""
+def starting_with(txn: lmdb.Transaction, table: Any, prefix: bytes) -> list[tuple[bytes, bytes]]:
+    """(key, value) of all keys that begin with a prefix, such as a user key; a list, so that they may be deleted meanwhile."""
+    found = []
     cursor = txn.cursor(table)
-    if cursor.set_range(key):
+    if cursor.set_range(prefix):
         for name, value in cursor:
-            if not bytes(name).startswith(key):
-                return
-            yield bytes(name), bytes(value)
+            if not bytes(name).startswith(prefix):
+                break
+            found.append((bytes(name), bytes(value)))
+    return found
 
 
 def last_sequence(txn: lmdb.Transaction, feed: Any) -> int:

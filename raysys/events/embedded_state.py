@@ -14,7 +14,7 @@ import lmdb
 import orjson
 
 from raysys.errors import StateBehind, StateError
-from raysys.events.embedded_commit import F64, NEWEST, TABLES, U64, Commit, event_key, in_order, item_key, last_sequence, seen_by
+from raysys.events.embedded_commit import F64, NEWEST, TABLES, U64, Commit, event_key, in_order, item_key, last_sequence, starting_with
 from raysys.events.identity import KEY_BYTES, user_key
 from raysys.events.log import Record, Span, Tombstones
 from raysys.events.state import ItemState, StateLimits
@@ -118,7 +118,7 @@ class EmbeddedState:
     def seen(self, user_id: str, kinds: Collection[str] | None = None) -> set[str]:
         """See `UserState.seen`."""
         with self._env.begin() as txn:
-            entries = [(key, orjson.loads(value)) for key, value in seen_by(txn, self._tables["seen"], user_key(user_id))]
+            entries = [(key, orjson.loads(value)) for key, value in starting_with(txn, self._tables["seen"], user_key(user_id))]
         return {key[KEY_BYTES:].decode() for key, times in entries if kinds is None or any(kind in times for kind in kinds)}
 
     def erased_at(self, user_id: str) -> float | None:
@@ -161,7 +161,7 @@ class EmbeddedState:
     def _events(self, table: str, key: bytes) -> list[HistoryEvent]:
         with self._env.begin() as txn:
             older, newest = (orjson.loads(txn.get(name, db=self._tables[table]) or b"[]") for name in (key, key + NEWEST))
-        return [HistoryEvent(*event[:4]) for event in in_order(older, newest, self.limits.max_events)]
+        return [HistoryEvent(*event) for event in in_order(older, newest, self.limits.max_events)]
 
     def _check_format(self, folder: str, readonly: bool) -> None:
         with self._env.begin(write=not readonly) as txn:

@@ -1,7 +1,8 @@
 """Online state in Redis, for services on several nodes: every replica reads what any replica committed.
 
     P:offsets           hash: log segment -> position
-    P:history:USER      sorted set by timestamp: "<sequence>|<session>|<event as JSON>"; P:session:KEY the same
+    P:history:USER      sorted set by timestamp: "<sequence>|<event as JSON>"; P:session:KEY the same
+    P:sessions_of:USER  set of session keys
     P:counters:USER     hash: event type -> number
     P:seen:USER         sorted set by timestamp: [event type, item id] as JSON
     P:user:USER         hash: attribute -> JSON
@@ -29,7 +30,7 @@ from raysys.schema import NON_HISTORY_EVENTS, HistoryEvent
 
 COMMIT = """
 local P, segment, start, stop, now, oldest = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6]
-local max_events, max_seen, i = tonumber(ARGV[7]), tonumber(ARGV[8]), 9
+local max_events, max_seen, session_ms, i = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9], 10
 if segment ~= '' then
   local applied = tonumber(redis.call('HGET', P .. 'offsets', segment) or '0')
   if applied >= stop then return 'known' end
@@ -51,9 +52,14 @@ local function event(id, user, session, at, received, item, kind, entry, is_hist
   if erased_before(user, received) then return 1 end
   redis.call('HINCRBY', P .. 'counters:' .. user, kind, 1)
   if is_history == '0' then return 1 end
-  local member = string.format('%016.0f', redis.call('INCR', P .. 'sequence')) .. '|' .. session .. '|' .. entry
+  local member = string.format('%016.0f', redis.call('INCR', P .. 'sequence'))  .. '|' .. entry
   extend(P .. 'history:' .. user, at, member)
-  if session ~= '' then extend(P .. 'session:' .. session, at, member) end
+  if session ~= '' then
+    extend(P .. 'session:' .. session, at, member)
+    redis.call('SADD', P .. 'sessions_of:' .. user, session)
+    redis.call('PEXPIRE', P .. 'session:' .. session, session_ms)
+    redis.call('PEXPIRE', P .. 'sessions_of:' .. user, session_ms)
+  end
   redis.call('ZADD', P .. 'seen:' .. user, 'GT', at, seen)
   redis.call('ZREMRANGEBYRANK', P .. 'seen:' .. user, 0, -max_seen - 1)
   redis.call('ZINCRBY', P .. 'popular', 1, item)
@@ -62,11 +68,8 @@ end
 
 local function erase(user, at)
   if erased_before(user, at) then return end
-  for _, member in ipairs(redis.call('ZRANGE', P .. 'history:' .. user, 0, -1)) do
-    local session = string.match(member, '^%d+|(%x*)|')
-    if session ~= '' then redis.call('DEL', P .. 'session:' .. session) end
-  end
-  redis.call('DEL', P .. 'history:' .. user, P .. 'counters:' .. user, P .. 'seen:' .. user, P .. 'user:' .. user)
+  for _, session in ipairs(redis.call('SMEMBERS', P .. 'sessions_of:' .. user)) do redis.call('DEL', P .. 'session:' .. session) end
+  for _, kind in ipairs({'history:', 'counters:', 'seen:', 'user:', 'sessions_of:'}) do redis.call('DEL', P .. kind .. user) end
   redis.call('HSET', P .. 'erased', user, at)
 end
 
@@ -213,7 +216,8 @@ class RedisState:
     def _run(self, operations: list[list], span: Span) -> Any:
         now = self.clock()
         window = [int(now * 1000), int((now - self.limits.event_id_window_s) * 1000)]
-        arguments: list[Any] = [self._key(""), span.segment, span.start, span.stop, *window, self.limits.max_events, self.limits.max_seen]
+        bounds = [self.limits.max_events, self.limits.max_seen, int(self.limits.session_window_s * 1000)]
+        arguments: list[Any] = [self._key(""), span.segment, span.start, span.stop, *window, *bounds]
         arguments += [part for operation in operations for part in operation]
         with self._server.translated():
             return self._commit(args=arguments)
@@ -254,4 +258,4 @@ def _item(found: dict[bytes, bytes]) -> ItemState:
 
 
 def _events(members: list[bytes]) -> list[HistoryEvent]:
-    return [HistoryEvent(*orjson.loads(member.split(b"|", 2)[2])) for member in members]
+    return [HistoryEvent(*orjson.loads(member.split(b"|", 1)[1])) for member in members]

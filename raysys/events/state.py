@@ -18,6 +18,8 @@ class StateLimits:
     """Last events kept a user and a session."""
     max_seen: int = 10_000
     """Items kept a user as seen; beyond it those of longest ago are forgotten."""
+    session_window_s: float = 30 * 86400.0
+    """How long a session without events is kept, seconds."""
     event_id_window_s: float = 7 * 86400.0
     """How long an `event_id` is remembered to recognise a duplicate, seconds."""
     max_bytes: int = 8 << 30

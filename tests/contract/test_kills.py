@@ -76,7 +76,9 @@ def kill_redis(folder, kills: int) -> tuple[int, int]:
         time.sleep(rng.uniform(0.05, 0.25))
         server.kill()
         server.start()
-    time.sleep(2)  # they are back at work
+    for process in writers._running.values():  # they are back at work
+        process.stdout.readline()
+    time.sleep(0.5)
     processes: list[subprocess.Popen] = list(writers._running.values())
     assert all(process.poll() is None for process in processes), "a writer died of it"
     writers.kill()

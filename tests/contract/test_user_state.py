@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -143,6 +144,27 @@ def test_users_are_merged_replaced_and_erased(state):
     assert state.seen("u") == set() and state.counters("u") == {} and state.erased_at("v") is None
     apply(state, event("u", "again", received=6.0))
     assert items(state, "u") == ["again"], "the same id may come back"
+
+
+def test_an_erasure_reaches_sessions_that_the_last_events_no_longer_tell(state):
+    apply(state, event("u", "i", 1, session_id="long ago"), event("v", "j", 1, session_id="theirs"))
+    apply(state, *(event("u", f"i{n}", 2 + n, session_id="now") for n in range(9)))
+    assert len(state.session_history("long ago")) == 1 and len(state.session_history("now")) == 5
+    apply(state, erase("u", 5.0))
+    assert state.session_history("long ago") == state.session_history("now") == []
+    assert len(state.session_history("theirs")) == 1
+
+
+def test_sessions_without_events_are_forgotten(place):
+    now = [1_700_000_000.0]
+    state = opened(place("state"), clock=lambda: now[0], session_window_s=0.3)
+    apply(state, event("u", "i", session_id="s"))
+    assert len(state.session_history("s")) == 1
+    time.sleep(0.4)  # Redis goes by its own clock
+    now[0] += 3601
+    apply(state, event("v", "i", session_id="t"))
+    assert state.session_history("s") == [] and len(state.session_history("t")) == 1 and items(state, "u") == ["i"]
+    state.close()
 
 
 def test_what_comes_late_for_an_erased_user_has_no_effect(state):

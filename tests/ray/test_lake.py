@@ -52,13 +52,14 @@ def compacted(events: str, folder, capsys) -> str:
     return capsys.readouterr().out
 
 
-def test_a_compacted_log_is_prepared_whole_and_by_the_day(place, tmp_path, capsys):
-    log = open_log(place("log"), writable=True)
+def test_a_compacted_log_is_prepared_whole_and_by_the_day(tmp_path, capsys):
+    events = str(tmp_path / "log")
+    log = open_log(events, writable=True)
     log.append([*(item(n) for n in range(11)), *(event(n) for n in range(100))])
-    assert "events            100" in compacted(place("log"), tmp_path, capsys)
+    assert "events            100" in compacted(events, tmp_path, capsys)
     prepare(f"{tmp_path}/lake", f"{tmp_path}/by-day", split="leave-one-out", progress=False)
     log.append([event(n) for n in range(90, 150)])  # ten of them were sent again
-    assert "duplicates        10" in compacted(place("log"), tmp_path, capsys)
+    assert "duplicates        10" in compacted(events, tmp_path, capsys)
     prepare(f"{tmp_path}/new/batch-00000002", f"{tmp_path}/by-day", append=True, progress=False)
     prepare(f"{tmp_path}/lake", f"{tmp_path}/whole", split="leave-one-out", progress=False)
     by_day, whole = Prepared.open(f"{tmp_path}/by-day"), Prepared.open(f"{tmp_path}/whole")
@@ -68,7 +69,7 @@ def test_a_compacted_log_is_prepared_whole_and_by_the_day(place, tmp_path, capsy
     assert not any(whole.manifest["quarantine"].values())
 
     log.append([{"kind": "erase", "user_key": user_key("u3").hex(), "at": START + 3600.0 * 1000}])
-    compacted(place("log"), tmp_path, capsys)
+    compacted(events, tmp_path, capsys)
     prepare(f"{tmp_path}/lake", f"{tmp_path}/later", split="leave-one-out", progress=False)
     assert "u3" not in Prepared.open(f"{tmp_path}/later").users()["user_id"].to_pylist()
 
