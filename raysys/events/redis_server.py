@@ -23,8 +23,9 @@ from raysys.errors import ConfigError, StateError
 LOG = logging.getLogger("raysys.events")
 CONNECT_S, ANSWER_S = 2.0, 10.0
 """Patience with a connection, and with one answer, seconds."""
-RETRIES = 8
-"""A server that restarts is waited for about five seconds; every command here may be repeated without doing its work twice."""
+RETRIES, RETRIES_AT_START = 8, 3
+"""A server that restarts is waited for about five seconds, one that was never there for half a second.
+Every command here may be repeated without doing its work twice."""
 HASTE_S, REST_S = 1.0, 1.0
 """Patience of those who cannot wait with one answer, and pause after a failure, seconds."""
 KEEPS = {"always": ("always",), "everysec": ("always", "everysec")}
@@ -57,7 +58,7 @@ class RedisServer:
         try:
             self.client: redis.Redis = redis.Redis.from_url(
                 urlunsplit(parts._replace(query=urlencode(options))),
-                retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), RETRIES if patient else 0),
+                retry=_retry(RETRIES_AT_START if patient else 0),
                 socket_connect_timeout=CONNECT_S,
                 socket_timeout=ANSWER_S if patient else HASTE_S,
                 health_check_interval=0,
@@ -67,6 +68,7 @@ class RedisServer:
         with self.translated():
             self.client.ping()
             self._check(durability, must_keep)
+        self.client.set_retry(_retry(RETRIES if patient else 0))
 
     def key(self, name: str) -> str:
         """The key of this service."""
@@ -111,3 +113,7 @@ class RedisServer:
 
     def _setting(self, name: str) -> str:
         return str(self.client.config_get(name).get(name, ""))
+
+
+def _retry(times: int) -> Retry:
+    return Retry(ExponentialBackoff(cap=1.0, base=0.05), times)

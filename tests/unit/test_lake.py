@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from raysys import storage
+from raysys.cli import main
 from raysys.errors import ConfigError, StateError
 from raysys.events.identity import PSEUDONYM, user_key
 from raysys.events.log import open_log
@@ -298,3 +299,15 @@ def test_feedback_finds_its_impression_by_name_or_as_the_last_one_before_it():
     assert found["r2", "a"]["delay_s"] == 50.0
     assert label(impressions(log), interactions(log), 40.0)["label"].sum() == 0, "outside the window"
     assert label(impressions(log), interactions([]), 40.0)["label"].to_list() == [0] * 5
+
+
+def test_wrong_commands_print_one_line(tmp_path, capsys):
+    for arguments, message in (
+        (["--events", "kafka://x/y"], "redis://host:port/db"),
+        (["--events", str(tmp_path / "log"), "--max-bytes", "many"], "--max-bytes: expected a size"),
+        (["--events", str(tmp_path / "log"), "--max-age", "soon"], "--max-age: expected a duration"),
+        (["--events", str(tmp_path / "log"), "--set", "window=5"], "window_s"),
+        (["--events", "redis://127.0.0.1:1/0"], "events at redis://127.0.0.1:1/0"),
+    ):
+        assert main(["compact", "--out", str(tmp_path / "lake"), *arguments]) == 2
+        assert message in capsys.readouterr().err
