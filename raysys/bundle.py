@@ -13,7 +13,7 @@ Knows files and models, not requests (`pipeline.py`) and not versions in use (`r
 import hashlib
 import importlib
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -74,16 +74,27 @@ class Histories:
 
         Args:
             sequences: U users; rows without events are left out.
-            user_ids: user id by `user_idx`.
+            user_ids: U ids, in the order of the users.
             max_events: events kept a user.
         """
         known = sequences.where(sequences.items != UNKNOWN_ITEM)
-        starts = np.maximum(known.indptr[:-1], known.indptr[1:] - max_events)
-        rows = [row for row in range(len(known)) if known.indptr[row + 1] > starts[row]]
-        cuts = [slice(starts[row], known.indptr[row + 1]) for row in rows]
-        keys = [user_key(user_ids[known.user_idx[row]]) for row in rows]
-        columns = [keys, *([array[cut] for cut in cuts] for array in (known.items, known.events, known.times))]
-        return cls(pa.table(columns, schema=HISTORY_SCHEMA), max_events)
+        lengths = np.minimum(np.diff(known.indptr), max_events)
+        rows = np.flatnonzero(lengths)
+        lengths = lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        take = np.arange(offsets[-1]) + np.repeat(known.indptr[1:][rows] - lengths - offsets[:-1], lengths)
+        lists = [
+            pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(array[take], field.type.value_type))
+            for array, field in zip((known.items, known.events, known.times), list(HISTORY_SCHEMA)[1:], strict=True)
+        ]
+        keys = pa.array([user_key(user_ids[row]) for row in rows], pa.binary(16))
+        return cls(pa.table([keys, *lists], schema=HISTORY_SCHEMA), max_events)
+
+    @classmethod
+    def stack(cls, parts: Iterable["Histories"]) -> "Histories":
+        """Those of one or more groups of users, one after the other."""
+        found = list(parts)
+        return cls(pa.concat_tables([part.table for part in found]), found[0].max_events)
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray]:

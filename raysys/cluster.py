@@ -25,8 +25,10 @@ def connected(address: str | None = None) -> Iterator[None]:
     """
     # Ray warns at every start that a later release will stop hiding GPUs from zero-GPU tasks.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Torch threads that spin while they wait cost a busy machine a factor of five, an idle one next to nothing.
+    # Torch threads that spin while they wait cost a busy machine a factor of five or more, and those that never do a third of an
+    # idle one's speed: a thousand turns (microseconds) lie between. The second is for libgomp, which torch has; docs/LOG.md.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import ray
 
     if ray.is_initialized():

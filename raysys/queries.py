@@ -56,6 +56,15 @@ class Queries:
         )
 
     @classmethod
+    def stack(cls, parts: Sequence["Queries"]) -> "Queries":
+        """The queries of one or more batches, one batch after the other."""
+        items, events, times, now = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("items", "events", "times", "now")
+        )
+        lengths = np.concatenate([part.lengths for part in parts])
+        return cls(items, events, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), now)
+
+    @classmethod
     def from_lists(
         cls,
         items: Sequence[Sequence[int]],

@@ -1,5 +1,6 @@
-"""A progress board for tests of training; here and not in a test module, because Ray's workers have to import it."""
+"""Progress boards for tests of training; here and not in a test module, because Ray's workers have to import them."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -28,6 +29,36 @@ class Board:
                 os.kill(pid, signal.SIGKILL)
 
     def lines(self) -> list[str]:
+        return self.posted
+
+
+@ray.remote(num_cpus=0)
+class Gates:
+    """A progress board that stops the training at chosen lines, at each of them once, until it is let through.
+
+    Args:
+        lines: parts of the lines.
+    """
+
+    def __init__(self, lines: list[str]):
+        self.posted: list[str] = []
+        self.arrived, self.opened = ({line: asyncio.Event() for line in lines} for _ in range(2))
+
+    async def post(self, line: str) -> None:
+        self.posted.append(line)
+        for gate, arrived in self.arrived.items():
+            if gate in line and not arrived.is_set():
+                arrived.set()
+                await self.opened[gate].wait()
+
+    async def reached(self, gate: str) -> None:
+        """Return once the training stands at a gate."""
+        await self.arrived[gate].wait()
+
+    async def open(self, gate: str) -> None:
+        self.opened[gate].set()
+
+    async def lines(self) -> list[str]:
         return self.posted
 
 

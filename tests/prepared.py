@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from raysys import storage
-from raysys.prepare.dataset import FORMAT, SEQUENCE_SCHEMA, Sequences
+from raysys.prepare.dataset import FORMAT, SEQUENCE_SCHEMA, Prepared, Sequences
 from raysys.schema import SPLIT_CODES
 from tests import planted
 
@@ -20,7 +21,7 @@ def leave_one_out(sequences: Sequences) -> Sequences:
 
 
 def write_prepared(folder: str, sequences: Sequences, items: pa.Table) -> str:
-    """Write a set whose users are `planted.user_ids()`; returns `folder`."""
+    """Write a set whose users have the ids of `planted.user_ids()`; returns `folder`."""
     num_users, split = len(sequences), "leave-one-out" if sequences.split.any() else "none"
     flat = {
         "item_idx": sequences.items,
@@ -40,7 +41,7 @@ def write_prepared(folder: str, sequences: Sequences, items: pa.Table) -> str:
         pa.table({"user_idx": pa.array(sequences.user_idx, pa.int32()), **lists}, SEQUENCE_SCHEMA),
     )
     storage.write_table(storage.join(folder, "items.parquet"), items)
-    users = pa.table({"user_idx": pa.array(range(num_users), pa.int32()), "user_id": planted.user_ids()[:num_users]})
+    users = pa.table({"user_idx": pa.array(range(num_users), pa.int32()), "user_id": [f"user-{user}" for user in range(num_users)]})
     storage.write_table(storage.join(folder, "users.parquet"), users)
     counts = {name: int((sequences.split == code).sum()) for name, code in SPLIT_CODES.items()}
     manifest = {
@@ -55,3 +56,20 @@ def write_prepared(folder: str, sequences: Sequences, items: pa.Table) -> str:
     }
     storage.write_json(storage.join(folder, "manifest.json"), manifest)
     return folder
+
+
+def in_files(folder: str, sequences: Sequences, items: pa.Table, *, num_files: int = 3, group: int = 25, order=None) -> Prepared:
+    """A prepared set of several files with several row groups of `group` users each.
+
+    Args:
+        order: (U,) rows of the users in the order of files; as they come by default.
+    """
+    write_prepared(folder, sequences, items)
+    whole = f"{folder}/sequences/part-0.parquet"
+    table = pq.read_table(whole)
+    table = table if order is None else table.take(pa.array(order))
+    storage.remove(whole)
+    size = -(-table.num_rows // num_files)
+    for number in range(num_files):
+        pq.write_table(table.slice(number * size, size), f"{folder}/sequences/part-{number}.parquet", row_group_size=group)
+    return Prepared.open(folder)

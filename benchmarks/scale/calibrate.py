@@ -3,7 +3,9 @@
     .venv/bin/python benchmarks/scale/calibrate.py --out runs/scale --constants raysys/plan/constants.json
 
 Preparation, encoder epochs (full and sampled softmax), batch scoring and single requests run at 1/4, 1/2 and 1 of a base
-size, which are fitted, and at 3 and 10 times the base, which are predicted. Bar: every prediction within 25% of the measurement.
+size, which are fitted, and at 3 and 10 times the base, which are predicted. Training also runs at the base size with another batch,
+width, number of negatives and catalogue, because the costs of these could not be told apart by size. Bar: every prediction within 25%
+of the measurement.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -44,8 +46,8 @@ from raysys.train.loss import fast_dtype
 from raysys.train.ranker import train_ranker
 
 FITTED, CHECKED, BAR = (0.25, 0.5, 1.0), (3.0, 10.0), 0.25
-PREPARE_EVENTS, TRAIN_USERS, TRAIN_ITEMS, SCORE_ITEMS, HISTORY = 400_000, 2_000, 2_000, 5_000, 20
-BATCH, NEGATIVES, DIM, LAYERS = 256, 1024, 64, 2
+PREPARE_EVENTS, TRAIN_USERS, TRAIN_ITEMS, SCORE_ITEMS, HISTORY = 1_000_000, 2_048, 8_000, 10_000, 20
+BATCH, NEGATIVES, DIM, LAYERS, REQUESTS = 256, 1024, 64, 2, 150
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,10 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="all sizes times this; below 1 for a trial run")
     parser.add_argument("--repeats", type=int, default=3, help="medians of so many runs")
     arguments = parser.parse_args()
-    if "OMP_WAIT_POLICY" not in os.environ:
+    if "GOMP_SPINCOUNT" not in os.environ:
         # As raysys starts its workers; the OpenMP runtime reads it once, when torch is loaded.
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
+        waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **waiting})
     torch.set_num_threads(os.cpu_count() or 1)
     sizes = (*FITTED, *CHECKED)
     facts: dict[str, float] = {}
@@ -76,16 +79,14 @@ def main() -> None:
         prepared = [measure_prepare(size, arguments.scale, arguments.repeats, facts) for size in sizes]
     parts = {
         "prepare": prepared,
-        "train": [measure_train(size, arguments.scale, loss) for size in sizes for loss in ("softmax", "sampled")],
+        "train": [measure_train(run) for run in training_runs(arguments.scale)],
     }
     worlds = [(size, scoring_world(max(300, int(SCORE_ITEMS * arguments.scale * size)))) for size in sizes]
     parts["batch"] = [measure_batch(size, world, arguments.repeats) for size, world in worlds]
-    requests = [measure_requests(size, world) for size, world in worlds]
-    parts["request"] = [measurement for measurement, _ in requests]
+    parts["request"], tail = measure_requests(worlds, arguments.repeats)
     fits = {name: fit([m for m in measured if m.size in FITTED]) for name, measured in parts.items()}
     checks = [check(m, fits[name]) for name, measured in parts.items() for m in measured if m.size in CHECKED]
-    tails = [tail for _, tail in requests]
-    constants = as_constants(fits, facts, float(np.median(tails)), checks)
+    constants = as_constants(fits, facts, tail, checks)
     storage.write_json(arguments.constants, asdict(constants))
     storage.write_json(storage.join(arguments.out, "calibrate.json"), as_report(parts, constants, checks))
     for item in checks:
@@ -153,32 +154,64 @@ def sequences_of(users: int, items: int, seed: int = 0) -> Sequences:
     )
 
 
-def encoder_of(items: int) -> InterestEncoder:
+def encoder_of(items: int, dim: int = DIM) -> InterestEncoder:
     """An encoder with random weights."""
     torch.manual_seed(0)
-    return InterestEncoder(items, 2, InterestConfig(dim=DIM, num_layers=LAYERS, max_length=50, dropout=0.2))
+    return InterestEncoder(items, 2, InterestConfig(dim=dim, num_layers=LAYERS, max_length=50, dropout=0.2))
 
 
-def measure_train(size: float, scale: float, loss: str) -> Measurement:
+@dataclass(frozen=True)
+class Run:
+    """One shape of training. Runs of one size share users and items; the others vary one thing, so that its cost can be told apart."""
+
+    size: float
+    loss: str
+    users: int
+    items: int
+    batch: int = BATCH
+    negatives: int = NEGATIVES
+    dim: int = DIM
+
+
+def training_runs(scale: float) -> list[Run]:
+    """Sizes for both losses; and at the base size one run each with another batch, width, number of negatives, catalogue."""
+    runs = []
+    for size in (*FITTED, *CHECKED):
+        users, items = (max(BATCH, int(base * scale * size)) for base in (TRAIN_USERS, TRAIN_ITEMS))
+        runs += [Run(size, loss, users, items) for loss in ("softmax", "sampled")]
+    base = Run(1.0, "sampled", max(BATCH, int(TRAIN_USERS * scale)), max(BATCH, int(TRAIN_ITEMS * scale)))
+    varied = (
+        {"batch": BATCH // 4},
+        {"dim": 2 * DIM},
+        {"negatives": 4 * NEGATIVES},
+        {"items": 8 * base.items},
+        {"loss": "softmax", "dim": 2 * DIM},
+    )
+    return runs + [replace(base, **one) for one in varied]
+
+
+def measure_train(run: Run) -> Measurement:
     """Seconds of a steady epoch: the median of those after the first."""
-    users, items = (max(BATCH, int(base * scale * size)) for base in (TRAIN_USERS, TRAIN_ITEMS))
-    sequences = sequences_of(users, items)
-    epochs = 3 if size > 1 else 6
-    config = EncoderTrainConfig(epochs=epochs, batch_size=BATCH, loss=loss, num_negatives=NEGATIVES)  # type: ignore[arg-type]
+    sequences = sequences_of(run.users, run.items)
+    epochs = 8 if run.size <= 1 else 3 if run.size <= 3 else 2
+    config = EncoderTrainConfig(epochs=epochs, batch_size=run.batch, loss=run.loss, num_negatives=run.negatives)  # type: ignore[arg-type]
     ends: list[float] = []
-    train_encoder(encoder_of(items), InMemory(sequences), config, seed=0, on_epoch=lambda state: ends.append(time.perf_counter()))
+    encoder = encoder_of(run.items, run.dim)
+    train_encoder(encoder, InMemory(sequences), config, seed=0, on_epoch=lambda state: ends.append(time.perf_counter()))
     seconds = float(np.median(np.diff(ends)))  # the history's own seconds are rounded to hundredths
-    epoch = counts.epoch_of(users, HISTORY, 50)
-    steps = np.ceil(epoch.windows / BATCH)
-    columns = items if loss == "softmax" else NEGATIVES + 1
+    epoch = counts.epoch_of(run.users, HISTORY, 50)
+    steps = np.ceil(epoch.windows / run.batch)
+    is_full = run.loss == "softmax"
     explained = (
         float(steps),
-        3 * epoch.positions * counts.encoder_flops(DIM, LAYERS, epoch.length, 1),
-        3 * epoch.positions * counts.loss_flops(DIM, columns),
-        float(steps) * counts.table_bytes_moved(items, DIM, "adamw", 0),
+        3 * epoch.positions * counts.encoder_flops(run.dim, LAYERS, epoch.length, 1),
+        3 * epoch.positions * counts.loss_flops(run.dim, run.items) if is_full else 0.0,
+        0.0 if is_full else 3 * epoch.positions * counts.loss_flops(run.dim, run.negatives + 1),
+        float(steps) * counts.table_bytes_moved(run.items, run.dim, "adamw", 0),
     )
-    row = {"series": f"train, {loss}", "events": int(users * HISTORY), "items": items, "seconds": seconds, "per_second": users / seconds}
-    return told(Measurement(f"epoch, {loss}", size, explained, seconds, row | {"runs": epochs - 1}))
+    row = {"series": f"train, {run.loss}", "events": int(run.users * HISTORY), "items": run.items, "batch": run.batch, "dim": run.dim}
+    row |= {"negatives": 0 if is_full else run.negatives, "seconds": seconds, "per_second": run.users / seconds, "runs": epochs - 1}
+    return told(Measurement(f"epoch, {run.loss}", run.size, explained, seconds, row))
 
 
 @dataclass(frozen=True)
@@ -236,18 +269,29 @@ def measure_batch(size: float, world: World, repeats: int) -> Measurement:
     return told(Measurement("batch, a user", size, (1.0, counts.loss_flops(DIM, world.items)), seconds, row))
 
 
-def measure_requests(size: float, world: World, number: int = 150) -> tuple[Measurement, float]:
-    """Mean seconds of single requests, one after the other, and their p99 as a multiple of it."""
-    times = []
-    for row in range(number + 20):
-        query = world.queries[slice(row, row + 1)]
-        started = time.perf_counter()
-        world.pipeline.recommend(query, 20, allowed=seen_mask(query, world.items))
-        times.append(time.perf_counter() - started)
-    steady = np.array(times[20:])
-    mean, p99 = float(steady.mean()), float(np.quantile(steady, 0.99))
-    row = {"series": "request", "items": world.items, "seconds": mean, "p99_ms": p99 * 1e3, "runs": number}
-    return told(Measurement("request", size, (1.0, world.items * DIM * 4.0), mean, row)), p99 / mean
+def measure_requests(worlds: list[tuple[float, World]], rounds: int) -> tuple[list[Measurement], float]:
+    """Mean seconds of single requests, one after the other, at each size, and p99 / mean; medians of interleaved rounds."""
+    torch.set_num_threads(1)  # as a replica has: two were twice as slow from 10,000 items on
+    means: dict[float, list[float]] = {size: [] for size, _ in worlds}
+    tails = []
+    for _ in range(rounds):
+        for size, world in worlds:
+            times = []
+            for row in range(REQUESTS + 20):
+                query = world.queries[slice(row, row + 1)]
+                started = time.perf_counter()
+                world.pipeline.recommend(query, 20, allowed=seen_mask(query, world.items))
+                times.append(time.perf_counter() - started)
+            steady = np.array(times[20:])
+            means[size].append(float(steady.mean()))
+            tails.append(float(np.quantile(steady, 0.99) / steady.mean()))
+    found = []
+    for size, world in worlds:
+        mean = float(np.median(means[size]))
+        row = {"series": "request", "items": world.items, "seconds": mean, "runs": rounds * REQUESTS}
+        found.append(told(Measurement("request", size, (1.0, world.items * DIM * 4.0), mean, row)))
+    torch.set_num_threads(os.cpu_count() or 1)
+    return found, float(np.median(tails))
 
 
 def fit(measured: Sequence[Measurement]) -> np.ndarray:
@@ -268,7 +312,7 @@ def check(measured: Measurement, coefficients: np.ndarray) -> dict:
 def as_constants(fits: dict[str, np.ndarray], facts: dict[str, float], tail: float, checks: list[dict]) -> Constants:
     """The fitted coefficients by name. One that the runs could not tell from 0 is kept above it, as a share of its peak cannot exceed 1."""
     gemm, loss_gemm, stream = gemm_flops(torch.float32), gemm_flops(fast_dtype("cpu")), stream_bytes_s()
-    step_s, encoder_s, loss_s, table_s = fits["train"]
+    step_s, encoder_s, loss_s, sampled_s, table_s = fits["train"]
     return Constants(
         date=datetime.now(UTC).date().isoformat(),
         commit=git_commit(),
@@ -284,6 +328,7 @@ def as_constants(fits: dict[str, np.ndarray], facts: dict[str, float], tail: flo
         step_s=float(step_s),
         encoder_s_flop=max(float(encoder_s), 1 / gemm),
         loss_s_flop=max(float(loss_s), 1 / loss_gemm),
+        sampled_s_flop=max(float(sampled_s), 1 / loss_gemm),
         table_s_byte=max(float(table_s), 1 / stream),
         batch_s_user=float(fits["batch"][0]),
         batch_s_flop=max(float(fits["batch"][1]), 1 / gemm),

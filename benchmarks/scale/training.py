@@ -5,6 +5,8 @@
     .venv/bin/python benchmarks/scale/training.py memory  --items 1000000
     .venv/bin/python benchmarks/scale/training.py kill    --prepared DIR --kills 20
 
+Each prints a table; with `--out FOLDER` it also leaves `FOLDER/training-NAME.json` for `report.py`.
+
 The peers live in environments of their own, never in that of raysys:
 
     python3.11 -m venv rectools && rectools/bin/pip install "rectools[torch]==0.19.0"
@@ -27,9 +29,11 @@ import signal
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +49,7 @@ from raysys.train.table import ShardedTable
 
 SHAPE = InterestConfig(dim=64, num_layers=2, num_heads=2, max_length=50, dropout=0.5)
 BATCH, NEGATIVES = 256, 256
+TABLES = (("whole", False), ("cut", True))
 
 
 class Enough(Exception):
@@ -92,7 +97,14 @@ def epoch_figures(data: Sequences) -> tuple[int, int]:
     return int((lengths - 1).sum()), int((lengths > 1).sum())
 
 
-def peers(arguments: argparse.Namespace) -> None:
+def left(name: str, rows: list[dict], bars: list[tuple[str, str, float, bool]], figures: dict | None = None) -> dict:
+    """The JSON of one part, as README.md describes it."""
+    listed = [dict(zip(("what", "bar", "measured", "met"), bar, strict=True)) for bar in bars]
+    about = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {"name": f"training-{name}", "rows": rows, "figures": figures or {}, "bars": listed, "about": about}
+
+
+def peers(arguments: argparse.Namespace) -> dict:
     data, num_items = read(arguments.src)
     targets, users = epoch_figures(data)
     per_epoch = -(-InMemory(data).num_windows(SHAPE.max_length) // BATCH)
@@ -117,17 +129,25 @@ def peers(arguments: argparse.Namespace) -> None:
             ]
             rows.setdefault("recbole softmax", []).append(answer(command)["epoch_s"])
     print(f"\n{users:,} sequences, {targets:,} targets an epoch, {num_items:,} items")
+    found, bars = [], []
     print(f"{'':<18}{'s an epoch':>12}{'targets/s':>12}{'sequences/s':>13}{'raysys is':>12}")
     for name, values in rows.items():
         seconds = statistics.median(values)
         ours = statistics.median(rows[f"raysys {name.split()[1]}"])
         print(f"{name:<18}{seconds:>12.2f}{targets / seconds:>12,.0f}{users / seconds:>13,.0f}{seconds / ours:>11.1f}x")
+        row = {"series": name, "seconds_an_epoch": seconds, "targets_per_second": targets / seconds}
+        found.append(row | {"sequences_per_second": users / seconds, "runs": len(values)})
+        if seconds != ours:
+            least = 5 if name.startswith("recbole") else 10
+            bars.append((f"epoch against {name}", f">= {least}", seconds / ours, seconds / ours >= least))
+    return left("peers", found, bars, {"sequences": users, "targets an epoch": targets, "items": num_items})
 
 
 def answer(command: list[str]) -> dict:
     """The last line of a peer's output, JSON; two threads for each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
-    environment.pop("PYTHONPATH", None)
+    for name in ("PYTHONPATH", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):  # a peer waits as it likes
+        environment.pop(name, None)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tempfile.mkdtemp())
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
@@ -159,7 +179,8 @@ def _throughput(rank: int, world_size: int, src: str, loss: str, steps: int) -> 
     return {"step_s": timed(data, num_items, config, steps, Parallel(rank, world_size))}
 
 
-def workers(arguments: argparse.Namespace) -> None:
+def workers(arguments: argparse.Namespace) -> dict:
+    found, bars = [], []
     print(f"{'loss':<10}{'1 worker x 2 cores':>20}{'2 workers x 1 core':>20}{'ratio':>8}   sequences/s")
     for loss in ("softmax", "sampled"):
         one, two = [], []
@@ -168,6 +189,10 @@ def workers(arguments: argparse.Namespace) -> None:
             two.append(max(found["step_s"] for found in spawned(2, "throughput", arguments.src, loss, arguments.steps)))
         first, second = BATCH / statistics.median(one), BATCH / statistics.median(two)
         print(f"{loss:<10}{first:>20,.0f}{second:>20,.0f}{second / first:>8.2f}")
+        for workers_, per_second in ((1, first), (2, second)):
+            found.append({"series": f"{loss}, 2 cores in all", "workers": workers_, "per_second": per_second, "runs": arguments.rounds})
+        bars.append((f"2 workers x 1 core against 1 x 2, {loss}", ">= 0.85", second / first, second / first >= 0.85))
+    return left("workers", found, bars)
 
 
 def _table(rank: int, world_size: int, num_items: int, cut: bool, steps: int) -> dict:
@@ -180,7 +205,7 @@ def _table(rank: int, world_size: int, num_items: int, cut: bool, steps: int) ->
     return {"before": before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def memory(arguments: argparse.Namespace) -> None:
+def memory(arguments: argparse.Namespace) -> dict:
     """Two workers, table whole or cut; AdamW, average of weights, dense gradients."""
     found = {cut: spawned(2, "table", arguments.items, cut, 6) for cut in (False, True)}
     peaks = {cut: max(one["peak"] for one in ranks) for cut, ranks in found.items()}
@@ -189,12 +214,15 @@ def memory(arguments: argparse.Namespace) -> None:
     whole, cut = peaks[False] / 2**20, peaks[True] / 2**20
     print(f"peak a worker, whole {whole:,.0f} MiB, cut over 2 {cut:,.0f} MiB: {cut / whole:.2f}x")
     print(f"without the {base / 2**20:,.0f} MiB of an idle worker: {(peaks[True] - base) / (peaks[False] - base):.2f}x")
+    rows = [{"series": f"2 workers, table {name}", "items": arguments.items, "peak_bytes": peaks[key]} for name, key in TABLES]
+    bar = ("peak memory of a worker, cut table against whole", "<= 0.6", cut / whole, cut / whole <= 0.6)
+    return left("memory", rows, [bar], {"idle worker, bytes": base})
 
 
-def kill(arguments: argparse.Namespace) -> None:
-    """One worker is killed at a random moment of a run, so many times; noise stated beforehand: none, the same bits.
+def kill(arguments: argparse.Namespace) -> dict:
+    """One worker is killed at a random moment of a run, so many times. Noise stated beforehand: with one worker none, the same bits;
 
-    One worker's arithmetic does not depend on where it was interrupted. With --workers 2 float additions stay in order too.
+    with two 1e-6, because a ring may add floats in another order.
     """
     from raysys import cluster
     from raysys.evaluate.run import evaluate
@@ -229,7 +257,12 @@ def kill(arguments: argparse.Namespace) -> None:
                 continue  # no worker was there at that moment
             differences.append(figures["ndcg@10"] - expected["ndcg@10"])
             print(f"kill {len(differences):2d}: ndcg@10 {figures['ndcg@10']:.6f}, {took:.0f} s", flush=True)
-    print(f"largest difference {max(map(abs, differences)):.2g} over {len(differences)} kills")
+    largest = max(map(abs, differences))
+    print(f"largest difference {largest:.2g} over {len(differences)} kills")
+    allowed = 0.0 if arguments.workers == 1 else 1e-6
+    rows = [{"series": "killed once", "run": run, "ndcg_difference": value} for run, value in enumerate(differences, 1)]
+    bar = (f"largest difference of NDCG@10 over {len(differences)} kills, {arguments.workers} workers", f"<= {allowed:g}", largest)
+    return left("kill", rows, [(*bar, largest <= allowed)], {"undisturbed ndcg@10": expected["ndcg@10"], "undisturbed seconds": whole_s})
 
 
 def _kill_worker(pick: random.Random) -> bool:
@@ -275,10 +308,18 @@ def main() -> None:
     command.add_argument("--kills", type=int, default=20)
     command.add_argument("--workers", type=int, default=1)
     command.add_argument("--seed", type=int, default=0)
+    for command in commands.choices.values():
+        command.add_argument("--out", help="folder for the JSON")
     arguments = parser.parse_args()
+    if "GOMP_SPINCOUNT" not in os.environ:
+        # As raysys starts its workers (raysys/cluster.py); the OpenMP runtime reads it once, when torch is loaded.
+        waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **waiting})
     if hasattr(arguments, "src"):
         arguments.src = os.path.abspath(arguments.src)
-    arguments.run(arguments)
+    result = arguments.run(arguments)
+    if arguments.out:
+        storage.write_json(f"{arguments.out}/{result['name']}.json", result)
 
 
 if __name__ == "__main__":

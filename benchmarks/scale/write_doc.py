@@ -25,7 +25,8 @@ MEANING = {
     "prepared_bytes_event": ("prepared set, an event", "bytes"),
     "step_s": ("training step, fixed", "s"),
     "encoder_s_flop": ("encoder, a flop", "s"),
-    "loss_s_flop": ("loss, a flop", "s"),
+    "loss_s_flop": ("full softmax, a flop", "s"),
+    "sampled_s_flop": ("sampled softmax, a flop", "s"),
     "table_s_byte": ("item table, a byte moved", "s"),
     "batch_s_user": ("batch scoring, a user", "s"),
     "batch_s_flop": ("batch scoring, a flop of users x items", "s"),
@@ -48,7 +49,8 @@ def constants_table(constants: Constants) -> str:
         "|---|---|---|",
         *(f"| {text} | {values[name]:.3g} | {unit} |" for name, (text, unit) in MEANING.items()),
     ]
-    shares = {"encoder": constants.encoder_efficiency, "loss": constants.loss_efficiency, "batch scoring": constants.batch_efficiency}
+    shares = {"encoder": constants.encoder_efficiency, "full softmax": constants.loss_efficiency}
+    shares |= {"sampled softmax": constants.sampled_efficiency, "batch scoring": constants.batch_efficiency}
     lines += [f"| {name}, share of the matrix product | {value:.2f} | |" for name, value in shares.items()]
     return "\n".join([*lines, f"| item table, share of the memory's speed | {constants.table_efficiency:.2f} | |"])
 

@@ -140,7 +140,7 @@ def _compute(
 ) -> list[dict]:
     actors = min(len(parts), settings.actors or _room(settings))
     worker = {"model_uri": model_uri, "out": out, "stage": stage, "k": k, "key": key, "prepared_uri": prepared_uri, "settings": settings}
-    dataset = ray.data.from_arrow([_part_table(part) for part in parts]).map_batches(
+    dataset = ray.data.from_arrow([part_table(part) for part in parts]).map_batches(
         PartWriter,
         fn_constructor_kwargs=worker,
         batch_size=None,  # a block is a part
@@ -182,7 +182,8 @@ def _room(settings: BatchConfig) -> int:
     return room
 
 
-def _part_table(part: Part) -> pa.Table:
+def part_table(part: Part) -> pa.Table:
+    """A part as the block of one row that a worker takes."""
     rows = None if part.rows is None else part.rows.tolist()
     return pa.Table.from_pylist([{"index": part.index, "rows": rows, "user_ids": part.user_ids, "file": part.file}], schema=PART_SCHEMA)
 

@@ -8,6 +8,7 @@ Legend: B queries, N items, E events, P pairs.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy import sparse
@@ -87,7 +88,6 @@ class Covisitation:
         self.event_weights = event_weights
         self._counts, self._occurrences = counts, occurrences
         self._watermark, self._decay = watermark, decay
-        self.matrix = self._normalised()
 
     @property
     def num_items(self) -> int:
@@ -113,28 +113,34 @@ class Covisitation:
             event_weights: weight by event code; missing codes weigh 1, events of weight 0 are left out.
             ordinal_time: True where timestamps carry order only; decay is then off.
         """
+        empty = cls.empty(num_items, config, event_weights=event_weights, ordinal_time=ordinal_time)
+        return empty.update(sequences, np.ones(len(sequences.items), bool))
+
+    @classmethod
+    def empty(
+        cls,
+        num_items: int,
+        config: CovisitConfig | None = None,
+        *,
+        event_weights: Sequence[float] | np.ndarray = (),
+        ordinal_time: bool = False,
+    ) -> "Covisitation":
+        """A model that has counted nothing; arguments as for `fit`."""
         config = config or CovisitConfig()
-        empty = sparse.csr_array((num_items, num_items), dtype=np.float32)
-        weights = np.asarray(event_weights, np.float32)
-        decay = config.half_life_days is not None and not ordinal_time
-        watermark = int(sequences.times.max()) if len(sequences.times) else 0
-        counts, occurrences = _count(
-            sequences, np.ones(len(sequences.items), bool), num_items, config, weights, watermark if decay else None
-        )
         return cls(
-            _largest(empty + counts, config.counted_neighbours),
-            occurrences,
+            sparse.csr_array((num_items, num_items), dtype=np.float32),
+            np.zeros(num_items, np.float32),
             config,
-            event_weights=weights,
-            watermark=watermark,
-            decay=decay,
+            event_weights=np.asarray(event_weights, np.float32),
+            watermark=0,
+            decay=config.half_life_days is not None and not ordinal_time,
         )
 
     def update(self, sequences: Sequences, new: np.ndarray, *, num_items: int | None = None) -> "Covisitation":
         """The model with the pairs of new events added, as if fitted on all of them.
 
-        Equal to a refit up to the order of float sums, provided the new events end their
-        users' histories and no row of counts has been cut at `counted_neighbours`.
+        Equal to a refit up to the order of float sums, provided the new events end their users' histories (or are all of them)
+        and no row of counts has been cut at `counted_neighbours`: what is cut is forgotten, and counts from nothing if it comes again.
 
         Args:
             sequences: histories of the users concerned, old events included (at least the last `window` of each).
@@ -150,11 +156,13 @@ class Covisitation:
         watermark = max(self._watermark, int(sequences.times[new].max())) if new.any() else self._watermark
         fade = np.float32(_fade(watermark - self._watermark, self.config.half_life_days) if self._decay else 1.0)
         counts, occurrences = _count(sequences, new, num_items, self.config, self.event_weights, watermark if self._decay else None)
-        old = self._counts.copy()
-        old.resize((num_items, num_items))
+        old = self._counts
+        if num_items > self.num_items:
+            old = old.copy()
+            old.resize((num_items, num_items))
         occurrences[: self.num_items] += fade * self._occurrences
         return Covisitation(
-            _largest(old * fade + counts, self.config.counted_neighbours),
+            _largest((old if fade == 1 else old * fade) + counts, self.config.counted_neighbours),
             occurrences,
             self.config,
             event_weights=self.event_weights,
@@ -226,8 +234,9 @@ class Covisitation:
         history.eliminate_zeros()
         return history
 
-    def _normalised(self) -> sparse.csr_array:
-        """(N, N) CSR float32 similarity [history item, candidate], the largest `neighbours` a row."""
+    @cached_property
+    def matrix(self) -> sparse.csr_array:
+        """(N, N) CSR float32 similarity [history item, candidate], the largest `neighbours` a row; made when it is first asked for."""
         config = self.config
         both = (self._counts + np.float32(config.backward) * self._counts.T.tocsr()).tocsr()
         popularity = np.maximum(self._occurrences, 1e-6)
@@ -294,12 +303,17 @@ def _fade(age_s: np.ndarray | int, half_life_days: float | None) -> np.ndarray:
 
 def _largest(matrix: sparse.csr_array, k: int) -> sparse.csr_array:
     """The k largest entries of each row, columns ascending; ties by lower column."""
-    if matrix.nnz and np.diff(matrix.indptr).max() > k:
-        rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-        order = np.lexsort((matrix.indices, -matrix.data, rows))
-        rank = np.arange(matrix.nnz) - matrix.indptr[rows]
-        keep = np.sort(order[rank < k])
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(rows[keep], minlength=matrix.shape[0]))])
+    lengths = np.diff(matrix.indptr)
+    if lengths.max(initial=0) > k:
+        keep = np.ones(matrix.nnz, bool)
+        # Only rows that are too long are sorted: that takes several times the memory of what is sorted.
+        entries = np.flatnonzero(np.repeat(lengths > k, lengths))
+        rows = np.repeat(np.arange(matrix.shape[0]), lengths)[entries]
+        order = np.lexsort((matrix.indices[entries], -matrix.data[entries], rows))
+        long = lengths[lengths > k]
+        rank = np.arange(len(entries)) - np.repeat(np.cumsum(long) - long, long)
+        keep[entries[order[rank >= k]]] = False
+        indptr = np.concatenate([[0], np.cumsum(np.minimum(lengths, k))])
         matrix = sparse.csr_array((matrix.data[keep], matrix.indices[keep], indptr), shape=matrix.shape)
     matrix.sort_indices()
     return matrix

@@ -58,10 +58,22 @@ class Popularity:
         ordinal_time: bool = False,
     ) -> "Popularity":
         """Count the events given (pass the training part)."""
+        empty = cls.empty(num_items, config, event_weights=event_weights, ordinal_time=ordinal_time)
+        return empty.update(sequences.items, sequences.events, sequences.times)
+
+    @classmethod
+    def empty(
+        cls,
+        num_items: int,
+        config: PopularityConfig | None = None,
+        *,
+        event_weights: Sequence[float] | np.ndarray = (),
+        ordinal_time: bool = False,
+    ) -> "Popularity":
+        """A model that has counted nothing; its updates give what `fit` gives for all of them together."""
         config = config or PopularityConfig()
         decay = config.half_life_days is not None and not ordinal_time
-        empty = cls(np.zeros(num_items), 0, config, event_weights=np.asarray(event_weights, np.float32), decay=decay)
-        return empty.update(sequences.items, sequences.events, sequences.times)
+        return cls(np.zeros(num_items), 0, config, event_weights=np.asarray(event_weights, np.float32), decay=decay)
 
     def update(self, items: np.ndarray, events: np.ndarray, times: np.ndarray, *, num_items: int | None = None) -> "Popularity":
         """The model with more events counted, as if fitted on all of them (up to float order).

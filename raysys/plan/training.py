@@ -15,8 +15,8 @@ NETWORK_EFFICIENCY = 0.7
 """Share of a link's datasheet figure that collectives reach. Assumed: there is no network in the calibration."""
 FLOAT32_PEAK = 0.5
 """Float32 on an accelerator runs as TF32, at half the peak of bfloat16 (datasheets of Ampere, Ada, Hopper)."""
-SOFTMAX_CHUNK = 256
-"""Positions whose logits exist at a time (`train/loss.py`)."""
+SOFTMAX_CHUNK, SOFTMAX_CHUNK_GPU = 512, 4096
+"""Positions whose logits exist at a time, at most (`train/loss.py`, `chunk_of`)."""
 MAX_NODES = 4096
 
 
@@ -29,18 +29,19 @@ class Speed:
     memory: float
 
 
-def worker_speed(node: NodeType, constants: Constants, dtype: str) -> Speed:
+def worker_speed(node: NodeType, constants: Constants, dtype: str, loss: str) -> Speed:
     """Peak of an accelerator, or of all vCPUs of a node without one, times the shares of the peak measured here."""
     if node.accelerators:
         peak = node.accelerator_flops
         typed = peak if dtype == "bfloat16" else peak * FLOAT32_PEAK
         return Speed(
             typed * constants.encoder_efficiency,
-            peak * constants.loss_efficiency,
+            peak * (constants.loss_efficiency if loss == "softmax" else constants.sampled_efficiency),
             node.accelerator_bytes_s * constants.table_efficiency,
         )
     scale = node.cpus / constants.cores
-    return Speed(scale / constants.encoder_s_flop, scale / constants.loss_s_flop, scale / constants.table_s_byte)
+    loss_s = constants.loss_s_flop if loss == "softmax" else constants.sampled_s_flop
+    return Speed(scale / constants.encoder_s_flop, scale / loss_s, scale / constants.table_s_byte)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def training_on(work: Workload, node: NodeType, constants: Constants, nodes: int
     sharded = workers > 1 and sum(state.values()) > 0.5 * USABLE * worker_memory(node)
     share = 1 / workers if sharded else 1.0
     blocks = counts.block_parameters(work.dim, work.layers, work.max_length, work.ffn_multiplier)
-    logits = SOFTMAX_CHUNK * work.items * share * 2 * 2 if full else positions * columns * counts.FLOAT_BYTES * 2
+    chunk = SOFTMAX_CHUNK_GPU if node.accelerators else SOFTMAX_CHUNK
+    logits = chunk * work.items * share * 2 * 2 if full else positions * columns * counts.FLOAT_BYTES * 2
     memory = {f"table {name}": size * share for name, size in state.items()} | {
         "blocks, all states": blocks * 6 * counts.FLOAT_BYTES,
         "activations": counts.activation_bytes(positions, work.dim, work.layers, work.ffn_multiplier, work.dtype),
@@ -129,7 +131,7 @@ def training_on(work: Workload, node: NodeType, constants: Constants, nodes: int
     else:
         network["table gradient, all-reduce"] = counts.all_reduce_bytes(table_gradient, workers)
     link = node.link_bytes_s if nodes == 1 and node.accelerators else node.network_bytes_s / max(1, node.accelerators)
-    speed = worker_speed(node, constants, work.dtype)
+    speed = worker_speed(node, constants, work.dtype, work.loss)
     forward = counts.encoder_flops(work.dim, work.layers, epoch.length, work.ffn_multiplier)
     moved = counts.table_bytes_moved(work.items, work.dim, work.optimizer, rows * workers) * share
     seconds = {

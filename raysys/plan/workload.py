@@ -101,7 +101,7 @@ class NodeType:
 class Constants:
     """What `benchmarks/scale/calibrate.py` measured and fitted; seconds are of all `cores` of that machine together.
 
-    Training, one step: `step_s + encoder_s_flop * flops + loss_s_flop * flops + table_s_byte * bytes`.
+    Training, one step: `step_s + encoder_s_flop * flops + (loss_s_flop or sampled_s_flop) * flops + table_s_byte * bytes`.
     """
 
     date: str
@@ -127,6 +127,9 @@ class Constants:
     """Fixed seconds a training step."""
     encoder_s_flop: float
     loss_s_flop: float
+    """Of the softmax over the catalogue, in the machine's fast type."""
+    sampled_s_flop: float
+    """Of the softmax over sampled negatives, in the same type: masks and positives weigh more beside its smaller products."""
     table_s_byte: float
     batch_s_user: float
     """Seconds a user of batch scoring without the catalogue."""
@@ -148,8 +151,13 @@ class Constants:
 
     @property
     def loss_efficiency(self) -> float:
-        """The same of the loss."""
+        """The same of the softmax over the catalogue."""
         return min(1.0, 1.0 / (self.loss_s_flop * self.loss_gemm_flops))
+
+    @property
+    def sampled_efficiency(self) -> float:
+        """The same of the softmax over sampled negatives."""
+        return min(1.0, 1.0 / (self.sampled_s_flop * self.loss_gemm_flops))
 
     @property
     def table_efficiency(self) -> float:

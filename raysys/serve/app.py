@@ -53,9 +53,8 @@ def build(args: AppArgs) -> Application:
         logging.getLogger("ray.serve").warning("log and state are embedded: ingress and ingestion stay on the head node")
     ingress, retrieval, ranking, ingestion = (_deployment(name) for name in ("Ingress", "Retrieval", "Ranking", "Ingestion"))
     models = [stage.bind(registry, args.threads) for stage in (retrieval, ranking)]
-    writer = ingestion.options(ray_actor_options=_actor(on_node)).bind(
-        events, state, args.history_events, args.pseudonyms, dead_letter_folder(events, args.dead_letters)
-    )
+    refused = dead_letter_folder(events, args.dead_letters and _location("dead_letters", args.dead_letters))
+    writer = ingestion.options(ray_actor_options=_actor(on_node)).bind(events, state, args.history_events, args.pseudonyms, refused)
     return ingress.options(ray_actor_options=_actor(on_node)).bind(registry, state, *models, writer, args.max_in_flight)
 
 
@@ -65,7 +64,8 @@ def _deployment(name: str) -> Deployment:
 
 def _actor(on_node: dict) -> dict:
     # Small shares of a CPU: a laptop with two cores must place all replicas; the kernel shares the time.
-    return {"num_cpus": 0.1, **on_node}
+    # None where the node is fixed: the head of a larger cluster often offers Ray no CPUs, to keep tasks away.
+    return {"num_cpus": 0 if on_node else 0.1, **on_node}
 
 
 def _location(name: str, value: str | None) -> str:

@@ -109,12 +109,6 @@ def warm_up(pipeline: Pipeline) -> None:
     pipeline.warm = True  # type: ignore[attr-defined]
 
 
-def _stack(queries: list[Queries]) -> Queries:
-    lengths = [0, *(len(query.items) for query in queries)]
-    items, events, times = (np.concatenate([getattr(query, name) for query in queries]) for name in ("items", "events", "times"))
-    return Queries(items, events, times, np.cumsum(lengths).astype(np.int64), np.concatenate([query.now for query in queries]))
-
-
 def _answer_by_version(models: Models, requests: list[Any], handle: Callable[[Pipeline, list[Any]], list[Any]]) -> list[Any]:
     """One batch of requests, their version first in each, handled a version at a time.
 
@@ -163,7 +157,9 @@ class Retrieval:
             if bits is not None:
                 allowed[row] = np.unpackbits(np.frombuffer(bits, np.uint8), count=num_items)
             allowed[row, blocked] = False
-        retrieved = pipeline.retrieve(_stack([query for _, query, _, _, _ in group]), max(k for _, _, k, _, _ in group), allowed=allowed)
+        retrieved = pipeline.retrieve(
+            Queries.stack([query for _, query, _, _, _ in group]), max(k for _, _, k, _, _ in group), allowed=allowed
+        )
         candidates = retrieved.candidates
         answers = []
         for row, (_, _, k, _, _) in enumerate(group):
@@ -209,7 +205,7 @@ class Ranking:
 
     def _rank(self, pipeline: Pipeline, group: list[tuple]) -> list[tuple[np.ndarray, np.ndarray]]:
         candidates = pad_candidates([retrieved for _, _, retrieved in group])
-        scores, probabilities = pipeline.rank(_stack([query for _, query, _ in group]), candidates)
+        scores, probabilities = pipeline.rank(Queries.stack([query for _, query, _ in group]), candidates)
         counts = [len(retrieved.items) for _, _, retrieved in group]
         return [(scores[row, :count], probabilities[row, :count]) for row, count in enumerate(counts)]
 

@@ -34,6 +34,7 @@ PRIVATE_CLUSTER = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_WAIT_POLICY": "PASSIVE",  # replicas share the processors; see cluster.py
+    "GOMP_SPINCOUNT": "0",
     # Nobody routes to this node after Ctrl-C, so nothing has to be drained for half a minute.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",

@@ -27,7 +27,9 @@ class ScalingConfig:
     workers: int = 1
     """Ray Train workers; gradients are averaged over them."""
     min_workers: int | None = None
-    """Go on with as few workers as this when nodes are lost, and take more again when they are back; None waits for all of them."""
+    """Start, and go on when nodes are lost, with as few workers as this, and take more when there is room; None waits for all of them."""
+    resize_every_s: float = 60.0
+    """With min_workers: seconds between looks for room for more workers; taking them repeats what follows the last checkpoint."""
     use_gpu: bool = False
     """Give each worker one GPU."""
     cpus_per_worker: int | None = None
@@ -41,13 +43,16 @@ class ScalingConfig:
     input: Literal["auto", "memory", "stream"] = "auto"
     """Training histories in every worker's memory, or streamed through it by Ray Data; auto streams from 50 million events."""
     shuffle_events: int = 4_000_000
-    """Events that are shuffled together where they are streamed; a worker holds about three times its share of them, 5 bytes each."""
+    """Events that are shuffled together where they are streamed; a worker holds about three times its share of them, 5 bytes each.
+    Worker 0 learns the other models from as many at a time, about 300 bytes each."""
 
     def __post_init__(self) -> None:
         if self.workers < 1 or (self.cpus_per_worker is not None and self.cpus_per_worker < 1):
             raise ValueError(f"expected at least one worker with one CPU, got {self.workers} with {self.cpus_per_worker}")
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise ValueError(f"expected min_workers from 1 to workers ({self.workers}), got {self.min_workers}")
+        if self.resize_every_s <= 0:
+            raise ValueError(f"expected resize_every_s > 0, got {self.resize_every_s:g}")
         if self.strategy == "fsdp" and not self.shard_items:
             raise ValueError("strategy fsdp cuts the transformer and leaves the item table to shard_items; set shard_items: true as well")
         if self.shuffle_events < 1:

@@ -71,7 +71,7 @@ class EncoderTrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 everywhere, nowhere, or where it was measured to pay: on GPUs, and on a CPU with AVX512-BF16 in the full softmax alone."""
     compile: bool = False
-    """Compile the transformer's blocks with torch.compile; needs a C++ compiler on the workers."""
+    """Compile the blocks with torch.compile (needs a C++ compiler); off for small models on CPUs: compiling outweighed what it won."""
     checkpoint_steps: int | None = None
     """Steps between checkpoints inside an epoch; None for one after each epoch only."""
 
@@ -135,7 +135,7 @@ class _Trainee(nn.Module):
                 return full_softmax_loss(states, encoder.item_vectors(), targets, dtype=dtype)
             log_expected = math.log(len(negatives) / encoder.num_items)
             positive, negative = encoder.item_vectors(targets), encoder.item_vectors(negatives)
-            return sampled_softmax_loss(states, positive, negative, targets, negatives, log_expected)
+            return sampled_softmax_loss(states, positive, negative, targets, negatives, log_expected, dtype=dtype)
         first, stop = encoder.items.first, encoder.items.stop
         if negatives is None:
             return sharded_softmax_loss(states, encoder.item_vectors(), targets, first=first, parallel=self.parallel, dtype=dtype)

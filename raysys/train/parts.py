@@ -1,26 +1,17 @@
-"""Who may learn from what, and how an encoder is judged. Shared by `stages.py` and `tune.py`; no Ray here."""
+"""Who may learn from what, and what is kept from whom to judge by it. No Ray here."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from raysys.errors import SchemaError
-from raysys.models.interest import NO_EVIDENCE, InterestEncoder, user_states
-from raysys.prepare.dataset import Prepared, Sequences
+from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
 from raysys.schema import SPLIT_TRAIN, UNKNOWN_ITEM
 from raysys.train.config import TrainConfig
-from raysys.train.parallel import Parallel
-from raysys.train.table import first_row
 
 MAX_HISTORY = 500
 """Events of a history that a query carries; no model looks further back."""
-MAX_VALIDATION_QUERIES = 3000
-"""Queries that early stopping looks at."""
 
 
 class Parts:
@@ -83,80 +74,34 @@ def held_counts(lengths: np.ndarray, held: int) -> np.ndarray:
     return np.where(lengths >= 2, np.clip(np.round(0.1 * lengths), 1, held), 0).astype(np.int64)
 
 
-def new_encoder(prepared: Prepared, settings: TrainConfig, table: Callable[[int], nn.Module] | None = None) -> InterestEncoder:
-    """An untrained encoder; the same settings and seed give the same start in every process, however its table is cut."""
-    torch.manual_seed(settings.seed)
-    return InterestEncoder(prepared.num_items, len(prepared.events), settings.interest, table)
-
-
 @dataclass(frozen=True)
-class Judged:
-    """What an encoder that was fitted on `Parts.fit` is judged by.
+class Held:
+    """Positions that were kept from a fit, as questions to it.
 
     Attributes:
-        queries: Q histories. targets: (Q,) items that follow.
-        warm: (N,) bool, items that the fit has seen.
+        queries: Q histories.
+        targets: (Q,) int64 items that follow, UNKNOWN_ITEM possible.
+        positive: (Q,) bool, whether the event that follows is a positive target.
     """
 
     queries: Queries
     targets: np.ndarray
-    warm: np.ndarray
+    positive: np.ndarray
 
     @classmethod
-    def of(cls, parts: Parts, settings: TrainConfig, num_items: int) -> "Judged":
-        """The validation part, or the held-out positions where there is none; a sample of them."""
-        positions = sample(parts.choice if parts.has_validation else parts.heldout, MAX_VALIDATION_QUERIES, settings.seed)
-        queries = parts.all.queries_before(positions, max_events=MAX_HISTORY)
-        return cls(queries, parts.all.items[positions], np.bincount(parts.fit.items, minlength=num_items) > 0)
+    def at(cls, sequences: Sequences, positions: np.ndarray) -> "Held":
+        """Flat positions of some sequences."""
+        queries = sequences.queries_before(positions, max_events=MAX_HISTORY)
+        return cls(queries, sequences.items[positions].astype(np.int64), sequences.positive[positions])
 
+    @classmethod
+    def stack(cls, parts: list["Held"]) -> "Held":
+        """One or more, one after the other."""
+        queries = Queries.stack([part.queries for part in parts])
+        return cls(queries, np.concatenate([part.targets for part in parts]), np.concatenate([part.positive for part in parts]))
 
-def validation(judged: Judged, parallel: Parallel | None = None) -> Callable[[InterestEncoder], float]:
-    """The figure that early stopping and tuning maximise: masked full-catalogue NDCG@10; unknown targets are misses.
-
-    Every rank calls it with its encoder. Where the item table is cut by rows, each scores its own rows for all queries;
-    where it is whole, each takes its share of the queries.
-    """
-    parallel = parallel or Parallel()
-    parts = chunks(len(judged.targets), 512)
-    if not parallel.shard_items:
-        parts = parts[parallel.rank :: parallel.world_size]
-
-    def across(values: Tensor, op: Any) -> Tensor:
-        if parallel.shard_items and parallel.world_size > 1:
-            torch.distributed.all_reduce(values, op=op)
-        return values
-
-    @torch.no_grad()
-    def figure(encoder: InterestEncoder) -> float:
-        vectors_RD = encoder.item_vectors()
-        device, first = vectors_RD.device, first_row(encoder)
-        cold = torch.from_numpy(~judged.warm[first : first + len(vectors_RD)]).to(device)
-        total = torch.zeros(1, dtype=torch.float64, device=device)
-        for rows in parts:
-            query, target = judged.queries[rows], torch.from_numpy(judged.targets[rows].astype(np.int64)).to(device) - first
-            scores = user_states(encoder, query) @ vectors_RD.T
-            scores[:, cold] = NO_EVIDENCE
-            here = (target >= 0) & (target < len(vectors_RD))
-            known = torch.from_numpy(judged.targets[rows] != UNKNOWN_ITEM).to(device)
-            mine = scores.gather(1, torch.where(here, target, 0)[:, None])[:, 0] if len(vectors_RD) else scores.new_zeros(len(target))
-            mine = across(torch.where(here, mine, float("-inf")), torch.distributed.ReduceOp.MAX)
-            items = query.items.astype(np.int64) - first
-            seen = (items >= 0) & (items < len(vectors_RD))
-            scores[query.rows[seen], items[seen]] = float("-inf")
-            ranks = across((scores > mine[:, None]).sum(dim=1), torch.distributed.ReduceOp.SUM)
-            total += torch.where(known & (ranks < 10), 1.0 / torch.log2(ranks.double() + 2.0), 0.0).sum()
-        if not parallel.shard_items:
-            parallel.sum(total)
-        return float(total.item()) / max(1, len(judged.targets))
-
-    return figure
-
-
-def sample(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """At most `count` of the positions, in order."""
-    if len(positions) <= count:
-        return positions
-    return np.sort(np.random.default_rng(seed).choice(positions, count, replace=False))
+    def __len__(self) -> int:
+        return len(self.targets)
 
 
 def chunks(count: int, size: int) -> list[slice]:

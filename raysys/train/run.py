@@ -11,7 +11,7 @@ import json
 import time
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 import ray
 import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
@@ -24,9 +24,11 @@ from raysys.bundle import Bundle, Histories, load_model
 from raysys.errors import ConfigError, RaysysError, SchemaError
 from raysys.prepare.dataset import Prepared
 from raysys.train.config import TrainConfig, with_data_defaults
+from raysys.train.evidence import Evidence
 from raysys.train.progress import printed_progress
-from raysys.train.stages import PARTS, Plan, run_stages
-from raysys.train.stream import Survey
+from raysys.train.stages import PARTS, run_stages
+from raysys.train.survey import survey_if_streamed
+from raysys.train.worker import Plan
 
 Rows = list[tuple[str, str]]
 
@@ -71,9 +73,8 @@ def train(
     counts = prepared.manifest["counts"]
     if counts["train"] < 2:
         raise SchemaError(f"{prepared_uri}: expected at least two training events, found {counts['train']}; prepare more data")
-    survey = Survey.of(prepared) if settings.scaling.streams(counts["train"]) else None
-    lengths = np.diff(prepared.sequences().train().indptr) if survey is None else survey.lengths
-    settings = with_data_defaults(settings, given, lengths, prepared.num_items)
+    survey = survey_if_streamed(prepared, settings.scaling)
+    settings = with_data_defaults(settings, given, Evidence(prepared, settings, survey).lengths, prepared.num_items)
     workers, cpus = _resources(settings)
     work = storage.beside(out, ".work")
     name = _run_name(prepared, settings, fit)
@@ -92,10 +93,11 @@ def train(
             run_stages,
             train_loop_config={"plan": plan, "board": board},
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers > 1 and _has_cuda(settings) else "gloo"),
-            scaling_config=RayScalingConfig(
-                num_workers=_elastic(settings),  # type: ignore[arg-type]  # Ray Train takes a pair, its common signature does not say so
+            scaling_config=RayScalingConfig(  # type: ignore[call-arg]  # mypy sees the signature of before Train V2
+                num_workers=_elastic(settings),  # type: ignore[arg-type]
                 use_gpu=settings.scaling.use_gpu,
                 resources_per_worker={"CPU": cpus},
+                elastic_resize_monitor_interval_s=settings.scaling.resize_every_s,
             ),
             run_config=RunConfig(
                 name=name,
@@ -108,7 +110,8 @@ def train(
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise RaysysError(f"training failed; its checkpoints stay in {work}, the same command continues from them: {error}") from error
-    manifest = _write_bundle(prepared, out, settings, fit, _read_parts(result.checkpoint), seconds=time.time() - started)
+    evidence = Evidence(prepared, settings, survey)
+    manifest = _write_bundle(evidence, out, fit, _read_parts(result.checkpoint), seconds=time.time() - started)
     storage.remove(work)
     return manifest
 
@@ -121,18 +124,19 @@ def _resources(settings: TrainConfig) -> tuple[int, int]:
         nodes = [node for node in nodes if node.get("GPU", 0) >= 1]
     found = [int(node.get("CPU", 0)) for node in nodes]
 
-    def fits(cpus: int) -> bool:
+    def fits(workers: int, cpus: int) -> bool:
         slots = [int(node.get("CPU", 0) // cpus) for node in nodes]
         if scaling.use_gpu:
             slots = [min(slot, int(node["GPU"])) for slot, node in zip(slots, nodes, strict=True)]
-        return sum(slots) >= scaling.workers
+        return sum(slots) >= workers
 
-    cpus = scaling.cpus_per_worker or next((cpus for cpus in range(max(found, default=1), 0, -1) if fits(cpus)), 1)
+    cpus = scaling.cpus_per_worker or next((cpus for cpus in range(max(found, default=1), 0, -1) if fits(scaling.workers, cpus)), 1)
+    least = scaling.min_workers or scaling.workers  # the others may come later
     # GPU nodes may not be up yet: an autoscaler starts them when they are asked for.
-    if not fits(cpus) and not scaling.use_gpu:
+    if not fits(least, cpus) and not scaling.use_gpu:
         raise ConfigError(
-            f"scaling asks for {scaling.workers} workers of {cpus} CPUs, the cluster's nodes have {', '.join(map(str, found))}; "
-            "lower scaling.workers or scaling.cpus_per_worker"
+            f"scaling asks for {least} workers of {cpus} CPUs, the cluster's nodes have {', '.join(map(str, found))}; "
+            "lower scaling.workers, scaling.min_workers or scaling.cpus_per_worker"
         )
     return scaling.workers, cpus
 
@@ -163,10 +167,13 @@ def _read_parts(checkpoint: Any) -> dict:
     return parts
 
 
-def _write_bundle(prepared: Prepared, out: str, settings: TrainConfig, fit: str, parts: dict, *, seconds: float) -> dict:
+def _write_bundle(evidence: Evidence, out: str, fit: str, parts: dict, *, seconds: float) -> dict:
+    prepared, settings = evidence.prepared, evidence.settings
+    user_ids = prepared.users()["user_id"].cast(pa.large_string())
     # Serving starts where the test part begins, so that a test event is never in the history it is asked for.
-    histories = Histories.build(
-        prepared.sequences().upto("valid"), prepared.users()["user_id"].to_pylist(), max_events=settings.history_max_events
+    histories = Histories.stack(
+        Histories.build(part, user_ids.take(pa.array(part.user_idx)).to_pylist(), max_events=settings.history_max_events)
+        for part in evidence.of("last refit")
     )
     models = {name: load_model(name, parts["arrays"][name], meta) for name, meta in parts["metas"].items()}
     bundle = Bundle(prepared.items(), models, parts["fusion"], histories)

@@ -1,9 +1,9 @@
 """Training histories streamed by Ray Data, so that they never have to fit into a worker.
 
-A fragment is a row group of the prepared sequences. Every epoch the fragments
-are put in another order and taken together in pools of so many events; a task
-reads a pool, cuts it into global batches (`batches.py`) and hands this rank its
-share of each. What a batch is depends on (seed, epoch, pool, index) alone.
+Every epoch the fragments (`survey.py`) are put in another order and taken
+together in pools of so many events; a task reads a pool, cuts it into global
+batches (`batches.py`) and hands this rank its share of each. What a batch is
+depends on (seed, epoch, pool, index) alone.
 
 Every rank has a stream of its own, made in the worker: `get_dataset_shard` would
 give a pool to whichever rank asks first, and could neither take another order in
@@ -11,107 +11,23 @@ the next epoch nor start in the middle of one.
 """
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 
-from raysys import storage
 from raysys.errors import RaysysError
-from raysys.prepare.dataset import SEQUENCES, Prepared, Sequences, to_sequences
-from raysys.queries import Queries
-from raysys.schema import SPLIT_TRAIN, UNKNOWN_ITEM
-from raysys.train.batches import Pool, cut_pool, num_windows, pool_rng
+from raysys.prepare.dataset import Sequences
+from raysys.train.batches import InMemory, Pool, Source, cut_pool, pool_rng
 from raysys.train.config import TrainConfig
-from raysys.train.parts import MAX_HISTORY, MAX_VALIDATION_QUERIES, Judged, Parts, held_counts, held_out
+from raysys.train.evidence import Evidence
+from raysys.train.parts import Parts
+from raysys.train.survey import Fragment, Survey, grouped, read_fragments
 
 TASKS = 2
 """Pools that are cut at the same time for one rank."""
 PIPELINE_POOLS = 64
 """Pools that one Ray Data pipeline is asked for at most, unless an epoch has more."""
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A row group: file below the prepared set, number, events."""
-
-    file: str
-    group: int
-    events: int
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What every worker has to know of the whole, from one pass over it.
-
-    Attributes:
-        fragments: all of them, in the order of files.
-        train: (L+1,) users by number of training events. upto_valid: the same with the validation part.
-        valid: whether there is a validation part.
-    """
-
-    fragments: list[Fragment]
-    train: np.ndarray
-    upto_valid: np.ndarray
-    valid: bool
-
-    @classmethod
-    def of(cls, prepared: Prepared) -> "Survey":
-        """Read item and split columns, a fragment at a time."""
-        fragments = list_fragments(prepared)
-        train, both = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        for fragment in fragments:
-            sequences = read_fragments(prepared.uri, [fragment])
-            known = sequences.items != UNKNOWN_ITEM
-            train = _added(train, np.diff(sequences.where(known & (sequences.split == SPLIT_TRAIN)).indptr))
-            upto = sequences.upto("valid")
-            both = _added(both, np.diff(upto.where(upto.items != UNKNOWN_ITEM).indptr))
-        return cls(fragments, train, both, prepared.manifest["counts"]["valid"] > 0)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(U,) training events of each user, in no order."""
-        return np.repeat(np.arange(len(self.train)), self.train)
-
-    def held_out(self, settings: TrainConfig) -> int:
-        """See `parts.held_out`."""
-        return held_out(int(self.train[2:].sum()), settings)
-
-    def num_windows(self, stage: str, max_length: int, settings: TrainConfig) -> int:
-        """Windows of an epoch of a stage."""
-        users = self.upto_valid if stage == "last refit" else self.train
-        lengths = np.arange(len(users))
-        held = held_counts(lengths, self.held_out(settings)) if stage == "fit" else 0
-        return num_windows(lengths - held, max_length, users)
-
-
-def list_fragments(prepared: Prepared) -> list[Fragment]:
-    """Row groups of the sequences, in the order of file names."""
-    filesystem, path = storage.resolve(storage.join(prepared.uri, SEQUENCES))
-    found = []
-    for name in storage.list_dir(storage.join(prepared.uri, SEQUENCES)):
-        if name.endswith(".parquet"):
-            footer = pq.read_metadata(f"{path}/{name}", filesystem=filesystem)
-            found += [Fragment(name, group, _events(footer, group)) for group in range(footer.num_row_groups)]
-    return found
-
-
-def _events(footer: pq.FileMetaData, group: int) -> int:
-    columns = (footer.row_group(group).column(index) for index in range(footer.num_columns))
-    return next(column.num_values for column in columns if column.path_in_schema.startswith("item_idx"))
-
-
-def read_fragments(uri: str, fragments: list[Fragment]) -> Sequences:
-    """The users of some fragments, as they lie there."""
-    tables = []
-    for fragment in fragments:
-        filesystem, path = storage.resolve(storage.join(uri, SEQUENCES, fragment.file))
-        with filesystem.open_input_file(path) as file:
-            tables.append(pq.ParquetFile(file).read_row_group(fragment.group))
-    return to_sequences(pa.concat_tables(tables).combine_chunks())
 
 
 class Streamed:
@@ -172,15 +88,7 @@ class Streamed:
     def plan(self, seed: int, epoch: int) -> list[list[Fragment]]:
         """The fragments of each pool of an epoch."""
         order = np.random.default_rng([seed, epoch]).permutation(len(self.survey.fragments))
-        pools: list[list[Fragment]] = []
-        events = 0
-        for fragment in (self.survey.fragments[index] for index in order):
-            if not pools or events + fragment.events > self.settings.scaling.shuffle_events:
-                pools.append([])
-                events = 0
-            pools[-1].append(fragment)
-            events += fragment.events
-        return pools
+        return grouped((self.survey.fragments[index] for index in order), self.settings.scaling.shuffle_events)
 
     def part(self) -> Callable[[Sequences], Sequences]:
         """From all events of some users to those that the stage learns from."""
@@ -212,36 +120,8 @@ def _cut(
     return vars(pool.compact())
 
 
-def streamed_judged(prepared: Prepared, survey: Survey, settings: TrainConfig) -> Judged:
-    """What `Judged.of` gives, from a fragment at a time."""
-    held = survey.held_out(settings)
-
-    def fragments() -> Iterator[tuple[Parts, np.ndarray]]:
-        for fragment in survey.fragments:
-            parts = Parts(read_fragments(prepared.uri, [fragment]), settings, held=held, has_validation=survey.valid)
-            yield parts, parts.choice if survey.valid else parts.heldout
-
-    total = sum(len(positions) for _, positions in fragments())
-    rng = np.random.default_rng(settings.seed)
-    picked = np.arange(total) if total <= MAX_VALIDATION_QUERIES else np.sort(rng.choice(total, MAX_VALIDATION_QUERIES, replace=False))
-    warm = np.zeros(prepared.num_items, bool)
-    found, targets, before = [], [], 0
-    for parts, positions in fragments():
-        warm[parts.fit.items] = True
-        here = positions[picked[(picked >= before) & (picked < before + len(positions))] - before]
-        before += len(positions)
-        found.append(parts.all.queries_before(here, max_events=MAX_HISTORY))
-        targets.append(parts.all.items[here])
-    return Judged(_together(found), np.concatenate(targets), warm)
-
-
-def _together(parts: list[Queries]) -> Queries:
-    lengths = np.concatenate([part.lengths for part in parts])
-    items, events, times, now = (np.concatenate([getattr(part, name) for part in parts]) for name in ("items", "events", "times", "now"))
-    return Queries(items, events, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), now)
-
-
-def _added(histogram: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    found = np.bincount(lengths, minlength=len(histogram))
-    found[: len(histogram)] += histogram
-    return found
+def source_of(evidence: Evidence, stage: str) -> Source:
+    """What the encoder learns from in a stage: in memory, or streamed."""
+    if evidence.survey is None:
+        return InMemory(evidence.piece(0).of(stage))
+    return Streamed(evidence.prepared.uri, evidence.survey, evidence.settings, stage)

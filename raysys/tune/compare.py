@@ -35,7 +35,7 @@ def compare(prepared_uri: str, out: str, *, default: TrainConfig, winner: TrainC
         SchemaError: the set has no test part.
     """
     prepared = Prepared.open(prepared_uri)
-    if not len(prepared.sequences().target_positions("test")):
+    if not prepared.manifest["counts"]["test"]:
         raise SchemaError(f"{prepared_uri}: expected a test part to compare on, found none; prepare with --split leave-one-out or time")
     gains, users = {}, np.zeros(0, np.int64)
     for name, settings in (("default", default), ("winner", winner)):

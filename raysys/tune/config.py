@@ -19,7 +19,7 @@ class TuneConfig:
     reduction: int = 3
     """ASHA: one trial in so many goes on at each decision."""
     perturb_every: int = 2
-    """PBT: epochs between decisions."""
+    """PBT: epochs between decisions, at which the trials wait for each other."""
 
     def __post_init__(self) -> None:
         for name in ("cpus_per_trial", "gpus_per_trial"):

@@ -14,14 +14,14 @@ settings as they were given, so the winner is never worse than those on validati
 import secrets
 from typing import Any
 
-import numpy as np
 import yaml
 
 from raysys import config, storage
 from raysys.errors import ConfigError, RaysysError
 from raysys.prepare.dataset import Prepared
 from raysys.train.config import TrainConfig, dotted_names, with_data_defaults
-from raysys.train.parts import Parts
+from raysys.train.evidence import Evidence
+from raysys.train.survey import survey_if_streamed
 from raysys.tune.compare import compare
 from raysys.tune.config import TuneConfig
 from raysys.tune.report import importance, write_report
@@ -71,8 +71,8 @@ def tune(
     given = frozenset(dotted_names(values))
     prepared = Prepared.open(prepared_uri)
     settings = config.from_dict(TrainConfig, values)
-    lengths = np.diff(Parts(prepared.sequences(), settings).train.indptr)
-    base = with_data_defaults(settings, given, lengths, prepared.num_items)
+    survey = survey_if_streamed(prepared, settings.scaling)
+    base = with_data_defaults(settings, given, Evidence(prepared, settings, survey).lengths, prepared.num_items)
     first = {name: value_of(base, name) for name in search}
     if sweep.scheduler == "pbt":
         check_mutable(search)
@@ -90,6 +90,7 @@ def tune(
         work = storage.join(out, f"work-{secrets.token_hex(3)}")
         run_trials(
             prepared_uri,
+            survey,
             base,
             search,
             first,

@@ -4,6 +4,7 @@ A finished trial is one JSON file, written by the driver as soon as it ends;
 what Ray Tune keeps for itself (pickles) is never read back.
 """
 
+import contextlib
 import copy
 import os
 import tempfile
@@ -19,11 +20,14 @@ from ray.tune.search import BasicVariantGenerator
 
 from raysys.errors import ConfigError
 from raysys.prepare.dataset import Prepared
-from raysys.train.batches import InMemory
 from raysys.train.checkpoint import read_rows, read_state, write_rows, write_state
 from raysys.train.config import TrainConfig
 from raysys.train.encoder import TrainState, train_encoder
-from raysys.train.parts import Judged, Parts, new_encoder, validation
+from raysys.train.encoder_stages import new_encoder
+from raysys.train.evidence import Evidence
+from raysys.train.stream import source_of
+from raysys.train.survey import Survey
+from raysys.train.validation import validation
 from raysys.tune.config import TuneConfig
 from raysys.tune.space import with_choice
 
@@ -32,6 +36,7 @@ BLANK: dict[str, Any] = {"ndcg@10": [], "loss": [], "epochs": 0, "best": None, "
 
 def run_trials(
     prepared_uri: str,
+    survey: Survey | None,
     base: TrainConfig,
     search: dict[str, dict],
     first: dict,
@@ -48,6 +53,7 @@ def run_trials(
 
     Args:
         prepared_uri: a prepared set.
+        survey: of it where it is streamed; None where every trial reads it.
         base: settings of every trial where the search says nothing.
         search: what `read_search` gave.
         first: what the settings as given say about what is searched.
@@ -69,13 +75,18 @@ def run_trials(
         _optuna(search, first, points, kept, seed) if settings.algorithm == "optuna" else BasicVariantGenerator(points_to_evaluate=points)
     )
     trainable = ray_tune.with_parameters(
-        _trial, prepared_uri=prepared_uri, base=base, use_gpu=gpus > 0, hand_on=settings.scheduler == "pbt"
+        _trial, prepared_uri=prepared_uri, survey=survey, base=base, use_gpu=gpus > 0, hand_on=settings.scheduler == "pbt"
     )
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
         param_space=None if settings.algorithm == "optuna" else {name: _domain(domain) for name, domain in search.items()},
         tune_config=ray_tune.TuneConfig(
-            metric="ndcg", mode="max", num_samples=count, search_alg=algorithm, scheduler=_scheduler(settings, base.encoder.epochs, search)
+            metric="ndcg",
+            mode="max",
+            num_samples=count,
+            search_alg=algorithm,
+            scheduler=_scheduler(settings, base.encoder.epochs, search),
+            reuse_actors=True,  # a process that has imported torch; PBT would start one for each trial at each decision
         ),
         run_config=ray_tune.RunConfig(
             storage_path=work,
@@ -92,7 +103,8 @@ def _scheduler(settings: TuneConfig, epochs: int, search: dict[str, dict]) -> An
     if settings.scheduler == "asha":
         return ASHAScheduler(time_attr="epoch", max_t=epochs, grace_period=max(1, epochs // 10), reduction_factor=settings.reduction)
     if settings.scheduler == "pbt":
-        mutations = {name: _domain(domain) for name, domain in search.items()}
+        # A choice is a list here: values of a domain would be multiplied, and lead out of it.
+        mutations = {name: domain["choice"] if "choice" in domain else _domain(domain) for name, domain in search.items()}
 
         def inside(choice: dict) -> dict:
             """Changes are factors of 1.2 and 0.8 and could lead out of the space, a dropout above 1 for instance."""
@@ -100,7 +112,12 @@ def _scheduler(settings: TuneConfig, epochs: int, search: dict[str, dict]) -> An
             return {**choice, **{name: min(max(choice[name], low), high) for name, (low, high) in ranges.items()}}
 
         return PopulationBasedTraining(
-            time_attr="epoch", perturbation_interval=settings.perturb_every, hyperparam_mutations=mutations, custom_explore_fn=inside
+            time_attr="epoch",
+            perturbation_interval=settings.perturb_every,
+            hyperparam_mutations=mutations,
+            custom_explore_fn=inside,
+            # All wait for each other: else one that starts early is over before the others come to learn from it.
+            synch=True,
         )
     return FIFOScheduler()
 
@@ -144,13 +161,13 @@ def _optuna(search: dict[str, dict], first: dict, points: list[dict], kept: list
     return searcher
 
 
-def _trial(choice: dict, *, prepared_uri: str, base: TrainConfig, use_gpu: bool, hand_on: bool) -> None:
+def _trial(choice: dict, *, prepared_uri: str, survey: Survey | None, base: TrainConfig, use_gpu: bool, hand_on: bool) -> None:
     """One training of the encoder; reports after each validation, with its state where others may take it over."""
     settings = with_choice(base, choice)
     torch.set_num_threads(settings.scaling.cpus_per_worker or 1)
     prepared = Prepared.open(prepared_uri)
-    parts = Parts(prepared.sequences(), settings)
-    encoder = new_encoder(prepared, settings)
+    evidence = Evidence(prepared, settings, survey)
+    encoder, source = new_encoder(prepared, settings), source_of(evidence, "fit")
     resume, checkpoint = None, ray_tune.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
@@ -170,17 +187,18 @@ def _trial(choice: dict, *, prepared_uri: str, base: TrainConfig, use_gpu: bool,
                 write_rows(folder, state.rows, state.first, state.stop)
                 ray_tune.report(_figures(last), checkpoint=ray_tune.Checkpoint.from_directory(folder))
 
-    train_encoder(
-        encoder,
-        InMemory(parts.fit),
-        settings.encoder,
-        seed=settings.seed,
-        device="cuda" if use_gpu and torch.cuda.is_available() else "cpu",
-        on_epoch=on_epoch,
-        on_checkpoint=on_checkpoint if hand_on else None,
-        resume=resume,
-        validate=validation(Judged.of(parts, settings, prepared.num_items)),
-    )
+    with contextlib.closing(source):  # also when the scheduler ends the trial: its process goes on with another one
+        train_encoder(
+            encoder,
+            source,
+            settings.encoder,
+            seed=settings.seed,
+            device="cuda" if use_gpu and torch.cuda.is_available() else "cpu",
+            on_epoch=on_epoch,
+            on_checkpoint=on_checkpoint if hand_on else None,
+            resume=resume,
+            validate=validation(evidence),
+        )
 
 
 def _figures(last: dict) -> dict:
@@ -201,10 +219,14 @@ class _Watcher(ray_tune.Callback):
         self.records: dict[str, dict] = {}
 
     def _record(self, trial: Any, trials: list) -> dict:
-        if trial.trial_id not in self.records:
-            number = self.numbers[[other.trial_id for other in trials].index(trial.trial_id)]
-            self.records[trial.trial_id] = {"trial": number, "settings": {}, **copy.deepcopy(BLANK)}
+        self.on_step_end(0, trials)
         return self.records[trial.trial_id]
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        # Numbered as they come: a trial that is started again after a failure moves to the end of Ray Tune's list.
+        for trial in trials:
+            if trial.trial_id not in self.records:
+                self.records[trial.trial_id] = {"trial": self.numbers[len(self.records)], "settings": {}, **copy.deepcopy(BLANK)}
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         record = self._record(trial, trials)

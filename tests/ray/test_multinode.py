@@ -1,32 +1,48 @@
 """The road on several nodes, with nothing shared but an S3 server: a node dies, and the result is what it is undisturbed.
 
 Three Ray nodes, the head without CPUs for tasks, two with one CPU and one logical GPU. Every node has a home of its own,
-so what one of them leaves in its cache another cannot find. Data, prepared sets, checkpoints and bundles are on S3 alone.
+so what one of them leaves in its cache another cannot find; the key of user hashes is given to all, as docs/serving.md says.
+Data, prepared sets, checkpoints, bundles, lists and the registry are on S3 alone.
 A killed node is replaced, as an autoscaler would do it.
 """
 
+import contextlib
+import json
+import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 
-from raysys import storage
+from raysys import config, storage
 from raysys.adapters import import_dataset
+from raysys.batch.config import BatchConfig
+from raysys.batch.run import PartWriter, part_table, run_batch
+from raysys.batch.users import users_of_bundle
 from raysys.bundle import Bundle
+from raysys.evaluate.run import evaluate
+from raysys.events.identity import user_key
+from raysys.pipeline import recommend_user
 from raysys.prepare.config import PrepareConfig
+from raysys.prepare.dataset import Prepared
 from raysys.prepare.run import prepare
+from raysys.registry import Registry
 from raysys.train.config import load_train_config
 from raysys.train.run import train
 from raysys.tune.run import tune
+from tests import planted
 
 SETTINGS = [
     "interest={dim: 16, num_layers: 1, max_length: 16, dropout: 0.1}",
@@ -37,8 +53,8 @@ SETTINGS = [
     "num_candidates=30",
     "sources=[interest, covisit, popularity]",
 ]
-TWO_NODES = ["scaling={workers: 2, cpus_per_worker: 1}"]
-"""Without `use_gpu`: it asks for NCCL, which a torch without CUDA refuses, also on logical GPUs."""
+TWO_NODES = ["scaling={workers: 2, use_gpu: true, cpus_per_worker: 1}"]
+ROOT = Path(__file__).parents[2]
 
 
 class Nodes:
@@ -110,7 +126,8 @@ def s3():
     )
     endpoint = f"127.0.0.1:{port}"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        given = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_EC2_METADATA_DISABLED": "true"}
+        for name, value in {**given, "RAYSYS_USER_KEY": "the same on every node"}.items():
             patch.setenv(name, value)
         for _ in range(300):
             try:
@@ -149,6 +166,14 @@ def prepared(nodes, data, at) -> str:
     return at("prepared")
 
 
+@pytest.fixture(scope="module")
+def bundle(prepared, at) -> str:
+    """What two workers on two nodes learn undisturbed."""
+    settings, given = load_train_config(None, [*SETTINGS, *TWO_NODES])
+    train(prepared, at("bundle-0"), settings, given=given, seed=1, quiet=True)
+    return at("bundle-0")
+
+
 def item_vectors(uri: str) -> np.ndarray:
     return Bundle.open(uri).models["interest"].item_vectors
 
@@ -159,6 +184,21 @@ def test_prepare_on_a_shared_store(nodes, data, prepared, at):
     manifest = storage.read_json(storage.join(prepared, "manifest.json"))
     assert manifest["fingerprint"] == alone["fingerprint"] and manifest["counts"]["train"] > 4000
     assert not [name for name in storage.list_dir(at("")) if ".tmp-" in name or ".old-" in name]
+
+
+def test_a_node_dies_during_batch_inference(nodes, at):
+    """A worker on each of two nodes; what the dead one had under way is computed again, every file is as a worker here writes it."""
+    uri, settings = at("planted"), BatchConfig(users_per_part=2)
+    planted.build_bundle().write(uri, manifest=planted.manifest())
+    users, threads = users_of_bundle(Bundle.open(uri), settings.users_per_part), torch.get_num_threads()
+    here = PartWriter(uri, at("lists-0"), "final", 10, users.key, None, settings)
+    for part in users.parts:
+        here(part_table(part))
+    torch.set_num_threads(threads)
+    with nodes.kill_when(lambda: len(storage.list_dir(at("lists-1"))) > 10):
+        manifest = run_batch(uri, at("lists-1"), k=10, settings=settings, say=lambda line: None)
+    assert manifest["files"] == {name: storage.sha256(storage.join(at("lists-0"), name)) for name in storage.list_dir(at("lists-0"))}
+    assert len(manifest["files"]) == manifest["this_run"]["parts"] == planted.NUM_USERS / 2
 
 
 @pytest.mark.slow
@@ -174,33 +214,104 @@ def test_a_node_dies_during_prepare(nodes, at):
 
 
 @pytest.mark.slow
-def test_a_node_dies_during_training(nodes, prepared, at):
+def test_a_node_dies_during_training(nodes, prepared, bundle, at):
+    """Both nodes offer a GPU that torch cannot use: two workers meet over Gloo, each on a node of its own."""
     settings, given = load_train_config(None, [*SETTINGS, *TWO_NODES])
-    undisturbed = train(prepared, at("bundle-0"), settings, given=given, seed=1, quiet=True)
 
     def has_checkpoint() -> bool:
-        return any(name.endswith("state.pt") or "checkpoint" in name for name in storage.list_files(at("bundle-1.work")))
+        return any(name.endswith("state.json") for name in storage.list_files(at("bundle-1.work")))
 
     with nodes.kill_when(has_checkpoint):
         disturbed = train(prepared, at("bundle-1"), settings, given=given, seed=1, quiet=True)
-    assert disturbed["metrics"]["validation"] == pytest.approx(undisturbed["metrics"]["validation"], abs=1e-6)
-    np.testing.assert_allclose(item_vectors(at("bundle-1")), item_vectors(at("bundle-0")), atol=1e-6)
+    assert disturbed["metrics"]["validation"] == pytest.approx(Bundle.open(bundle).manifest["metrics"]["validation"], abs=1e-6)
+    np.testing.assert_allclose(item_vectors(at("bundle-1")), item_vectors(bundle), atol=1e-6)
     assert not storage.exists(at("bundle-1.work"))
 
 
 @pytest.mark.slow
 def test_a_node_dies_during_a_search(nodes, prepared, at):
-    overrides = [*SETTINGS, "scaling={use_gpu: true, cpus_per_worker: 1}"]
-    tune(prepared, at("tuned-0"), config_uri=None, overrides=overrides, samples=3, seed=0)
-
-    def has_result() -> bool:
-        return any(name.endswith("result.json") for name in storage.list_files(at("tuned-1/work")))
-
-    with nodes.kill_when(has_result):
-        tune(prepared, at("tuned-1"), config_uri=None, overrides=overrides, samples=3, seed=0)
+    """Two trials at a time, four in all: when the first one has ended, others are under way on both nodes."""
+    overrides = [*SETTINGS, "encoder.epochs=12", "scaling={use_gpu: true, cpus_per_worker: 1}"]
+    tune(prepared, at("tuned-0"), config_uri=None, overrides=overrides, samples=4, seed=0)
+    with nodes.kill_when(lambda: bool(storage.list_dir(at("tuned-1/trials")))):
+        tune(prepared, at("tuned-1"), config_uri=None, overrides=overrides, samples=4, seed=0)
     undisturbed, disturbed = (storage.read_json(storage.join(at(name), "trials.json")) for name in ("tuned-0", "tuned-1"))
-    assert [trial["error"] for trial in disturbed["trials"]] == [None] * 3
+    assert [trial["error"] for trial in disturbed["trials"]] == [None] * 4
     # ASHA decides by who comes first, so what a trial came to is compared for the epochs that both ran.
     for first, second in zip(undisturbed["trials"], disturbed["trials"], strict=True):
         both = min(len(first["loss"]), len(second["loss"]))
         assert both > 0 and first["loss"][:both] == pytest.approx(second["loss"][:both], abs=1e-5)
+
+
+@contextlib.contextmanager
+def serving(nodes: Nodes, registry: str) -> Iterator[str]:
+    """`serve run serve_config.yaml` on the running cluster, as a base URL; log and state are folders of the head node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    values = config.read_yaml(str(ROOT / "serve_config.yaml"))
+    values["http_options"]["port"] = port
+    values["applications"][0]["args"] = {"registry": registry, **{name: str(nodes.folder / "head" / name) for name in ("events", "state")}}
+    path, log = nodes.folder / "serve_config.json", nodes.folder / "serve.log"
+    path.write_text(json.dumps(values))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray.serve.scripts", "run", str(path)],
+        env={**os.environ, "RAY_ADDRESS": nodes.cluster.address},
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while (answer := ready(f"http://127.0.0.1:{port}")) != "ready":
+            assert process.poll() is None and time.monotonic() < deadline, f"{answer}; {log.read_text()[-3000:]}"
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)  # Serve is shut down, the cluster stays
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
+
+
+def ready(base_url: str) -> str:
+    try:
+        return call(f"{base_url}/health/ready")["status"]
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+    except OSError as error:
+        return str(error)
+
+
+def call(url: str, body: dict | None = None) -> dict:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.loads(response.read())
+
+
+@pytest.mark.slow
+def test_the_whole_road(nodes, prepared, bundle, at):
+    """Import, prepare and training are fixtures. What the nodes answer, over HTTP and in files, is what the pipeline answers here."""
+    figures = evaluate(prepared, bundle, split="test", bootstrap=0)
+    assert figures["final"]["recall@10"] > 1.5 * 10 / 80, "better than a random order of the catalogue"
+    version = Registry(at("registry")).publish(bundle).version
+    run_batch(bundle, at("everybody"), k=10, settings=BatchConfig(users_per_part=100), say=lambda line: None)
+    names = [name for name in storage.list_dir(at("everybody")) if name.startswith("part-")]
+    rows = [row for name in names for row in storage.read_table(storage.join(at("everybody"), name)).to_pylist()]
+    lists = {row["user_key"]: row["item_id"] for row in rows}
+    here, users = Bundle.open(bundle), Prepared.open(prepared).users()["user_id"].to_pylist()[:30]
+    expected = {user: [here.item_ids[row] for row in recommend_user(here, user, 10).items] for user in users}
+    assert len(names) == 4 and {user: lists[user_key(user)] for user in users} == expected
+
+    with serving(nodes, at("registry")) as base_url:
+        answers = {user: call(f"{base_url}/v1/recommend", {"user_id": user, "n": 10}) for user in users}
+        assert {user: [item["item_id"] for item in answer["items"]] for user, answer in answers.items()} == expected
+        assert {(answer["model_version"], answer["degraded"]) for answer in answers.values()} == {(version, False)}
+        event = {"user_id": users[0], "item_id": expected[users[0]][0], "event": "view"}
+        assert call(f"{base_url}/v1/events", event)["accepted"] == 1
+        next_answer = call(f"{base_url}/v1/recommend", {"user_id": users[0], "n": 10})
+        assert event["item_id"] not in [item["item_id"] for item in next_answer["items"]]
+    # The head answers, other nodes score: each has fetched the version into a cache of its own.
+    homes = {path.parents[2].name for path in nodes.folder.glob("node-*/cache/bundles/*")}
+    assert "node-1" in homes and len(homes) >= 2

@@ -3,20 +3,24 @@
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from raysys import storage
-from raysys.prepare.dataset import Prepared
-from raysys.train.batches import InMemory
+from raysys.bundle import Bundle, Histories
+from raysys.models.covisit import Covisitation
+from raysys.models.popularity import Popularity
 from raysys.train.config import ScalingConfig, TrainConfig
 from raysys.train.metrics_log import LoggingConfig
-from raysys.train.parts import Judged, Parts
-from raysys.train.stream import Streamed, Survey, streamed_judged
+from raysys.train.parts import Parts
+from raysys.train.stream import Streamed
+from raysys.train.survey import Survey
+from raysys.tune.run import tune
 from tests import planted
 from tests.boards import Board
-from tests.prepared import leave_one_out, write_prepared
+from tests.prepared import in_files, leave_one_out
 from tests.ray.test_train import fit, losses
 
 NUM_ITEMS = planted.NUM_CLUSTERS * planted.CLUSTER_ITEMS
@@ -24,39 +28,14 @@ SETTINGS = TrainConfig(scaling=ScalingConfig(input="stream", shuffle_events=300)
 STREAM = ["scaling.input=stream", "scaling.shuffle_events=900", "interest.dropout=0", "encoder.epochs=4", "refit_epochs=1"]
 
 
-def in_files(folder: str, sequences, *, num_files: int = 3) -> Prepared:
-    """A prepared set of several files with several row groups each."""
-    write_prepared(folder, sequences, planted.items_table())
-    whole = f"{folder}/sequences/part-0.parquet"
-    table = pq.read_table(whole)
-    storage.remove(whole)
-    size = -(-table.num_rows // num_files)
-    for number in range(num_files):
-        pq.write_table(table.slice(number * size, size), f"{folder}/sequences/part-{number}.parquet", row_group_size=25)
-    return Prepared.open(folder)
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    return in_files(str(tmp_path_factory.mktemp("planted")), leave_one_out(planted.sequences()))
+    return in_files(str(tmp_path_factory.mktemp("planted")), leave_one_out(planted.sequences()), planted.items_table())
 
 
 @pytest.fixture(scope="module")
 def survey(prepared):
     return Survey.of(prepared)
-
-
-@pytest.mark.parametrize("split", [leave_one_out, lambda sequences: sequences], ids=["leave-one-out", "none"])
-def test_a_fragment_at_a_time_gives_what_all_in_memory_give(split, tmp_path):
-    prepared = in_files(str(tmp_path), split(planted.sequences()))
-    survey, parts = Survey.of(prepared), Parts(prepared.sequences(), SETTINGS)
-    assert len(survey.fragments) == 9 and sum(fragment.events for fragment in survey.fragments) == len(parts.all.items)
-    for stage in ("fit", "refit", "last refit"):
-        assert survey.num_windows(stage, 4, SETTINGS) == InMemory(parts.of(stage)).num_windows(4)
-    streamed, whole = streamed_judged(prepared, survey, SETTINGS), Judged.of(parts, SETTINGS, NUM_ITEMS)
-    assert np.array_equal(streamed.targets, whole.targets) and np.array_equal(streamed.warm, whole.warm)
-    for name in ("items", "events", "times", "indptr", "now"):
-        assert np.array_equal(getattr(streamed.queries, name), getattr(whole.queries, name))
 
 
 def test_epochs_hold_every_position_once_in_pools_of_other_fragments(prepared, survey, ray_cluster):
@@ -89,6 +68,41 @@ def _pairs(batch) -> list[tuple[int, int]]:
 
 def _steps(items: list[int]) -> list[tuple[int, int]]:
     return list(zip(items[:-1], items[1:]))
+
+
+@pytest.fixture(scope="module")
+def unreadable(prepared):
+    """The set with a file that whoever reads all sequences at once fails on, in whatever process; it has no row group to read."""
+    last = f"{prepared.uri}/sequences/part-9.parquet"
+    pq.ParquetWriter(last, pa.schema([("user_idx", pa.string())])).close()
+    with pytest.raises(pa.ArrowTypeError, match="user_idx"):
+        prepared.sequences()
+    yield prepared
+    storage.remove(last)
+
+
+def test_a_streamed_training_reads_pieces_only(unreadable, ray_cluster, tmp_path):
+    """Driver and worker make every part of a bundle, and nobody reads all sequences; what is counted is what all of them give."""
+    sources = ["interest", "covisit", "popularity", "dot_product"]
+    manifest, _ = fit(unreadable.uri, tmp_path / "bundle", overrides=[*STREAM, "encoder.epochs=2", f"sources={sources}"])
+    validation = manifest["metrics"]["validation"]
+    assert validation["covisit"] > 4 * validation["popularity"] and validation["final"] > 0.3
+    assert manifest["leakage"]["ranker_learns_on"] == "180 held-out training positions"
+    bundle = Bundle.open(str(tmp_path / "bundle"))
+    assert sorted(bundle.models) == sorted([*sources, "ranker"])
+    everyone = leave_one_out(planted.sequences())
+    queries = everyone.upto("valid").queries()
+    for name, model in (("covisit", Covisitation), ("popularity", Popularity)):
+        whole = model.fit(everyone.train(), NUM_ITEMS, event_weights=[1.0] * len(planted.EVENTS))
+        np.testing.assert_allclose(bundle.models[name].scores(queries), whole.scores(queries), rtol=1e-5, atol=1e-6)
+    assert bundle.histories.table == Histories.build(everyone.upto("valid"), planted.user_ids(), max_events=200).table
+
+
+def test_trials_of_a_sweep_read_pieces_only(unreadable, ray_cluster, tmp_path):
+    settings = ["encoder.epochs=2", "encoder.batch_size=32", "encoder.lr=5e-3", "encoder.warmup_steps=5", "encoder.validate_every=1"]
+    shape = ["interest.dim=16", "interest.num_layers=1", "interest.max_length=16", *STREAM[:2]]
+    rows = dict(tune(unreadable.uri, str(tmp_path), config_uri=None, overrides=[*settings, *shape], samples=1, seed=0))
+    assert rows["best"] == "trial 0" and "2 epochs" in rows["trial 0"]
 
 
 @pytest.mark.slow

@@ -1,4 +1,11 @@
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -122,8 +129,6 @@ def test_points_are_drawn_inside_the_space_and_with_the_seed():
 
 def test_the_default_space_and_the_example_are_possible(prepared):
     assert read_search(None) == DEFAULT_SEARCH == read_search(DEFAULT_SEARCH)
-    from pathlib import Path
-
     example = yaml.safe_load((Path(__file__).parents[2] / "configs" / "tune.yaml").read_text())
     assert read_search(example.pop("search")) and config.from_dict(TuneConfig, example.pop("tune"))
     assert load_train_config(None, [f"{key}={json.dumps(value)}" for key, value in example.items()])[0] != TrainConfig()
@@ -165,13 +170,40 @@ def test_a_sweep_goes_on_with_the_trials_that_are_missing(ray_cluster, prepared,
 
 def base64_texts(page):
     import base64
-    import re
 
     drawn = [base64.b64decode(found).decode() for found in re.findall(r"base64,([^']+)'", page)]
     return " ".join(re.findall(r"<!-- (.*?) -->", "".join(drawn)))
 
 
-@pytest.mark.slow  # trials take turns, and every turn starts a process
+@pytest.mark.slow
+def test_a_sweep_killed_in_the_middle_goes_on(prepared, tmp_path):
+    """A real kill -9 of the command; its cluster dies with it, the second call runs the trials without a record, and those alone."""
+    search = {"encoder.lr": {"loguniform": [1e-4, 1e-2]}}
+    settings = write_config(tmp_path, **SMALL, search=search, tune={"scheduler": "none"})
+    out = tmp_path / "tuned"
+    command = [sys.executable, "-m", "raysys.cli", "tune", "--prepared", prepared, "--config", settings, "--samples", "5", "--seed", "3"]
+    process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("trials/trial-*.json")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("trials/trial-*.json")}
+    assert 0 < len(before) < 5 and not (out / "trials.json").exists()
+
+    again = subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.PIPE, text=True, timeout=300).stdout
+    assert f"going on: {len(before)} of 5 trials are there" in again
+    finished = {f"trial-{int(number):04d}.json" for number in re.findall(r"trial (\d+): ndcg@10", again)}
+    assert not finished & before.keys() and len(finished) == 5 - len(before)
+    assert all((out / "trials" / name).stat().st_mtime_ns == written for name, written in before.items())
+    trials = json.loads((out / "trials.json").read_text())["trials"]
+    assert [(trial["trial"], trial["epochs"], trial["error"]) for trial in trials] == [(number, 4, None) for number in range(5)]
+    assert [trial["settings"] for trial in trials[1:]] == draw(read_search(search), 4, seed=3)
+    assert sorted(path.name for path in out.iterdir()) == ["best.yaml", "plan.json", "report.html", "trials", "trials.json"]
+
+
+@pytest.mark.slow  # trials take turns
 def test_a_population_copies_what_learns(ray_cluster, prepared, tmp_path):
     """Of four trials three cannot learn at 1e-6 to 2e-6; they take over the weights of the one that does."""
     encoder = {**SMALL["encoder"], "epochs": 8, "validate_every": 1}
@@ -188,6 +220,7 @@ def test_a_population_copies_what_learns(ray_cluster, prepared, tmp_path):
     assert len(trials) == 4 and all(trial["epochs"] == 8 for trial in trials)
     taken = [trial for trial in trials[1:] if trial["best"] > 0.3]
     assert taken, "a trial whose own rate learns nothing got there by copying"
+    assert {trial["settings"]["encoder.lr"] for trial in taken} <= {1e-6, 2e-6}, "what is copied changes inside the space"
 
 
 def test_a_grid_is_every_combination():

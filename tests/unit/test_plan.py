@@ -43,6 +43,7 @@ CONSTANTS = Constants(
     step_s=1e-3,
     encoder_s_flop=1 / 50e9,  # half of the peak
     loss_s_flop=1 / 100e9,  # half of the peak
+    sampled_s_flop=1 / 100e9,  # half of the peak
     table_s_byte=1 / 10e9,  # half of the bandwidth
     batch_s_user=1e-4,
     batch_s_flop=1 / 25e9,  # a quarter of the peak
