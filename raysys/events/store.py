@@ -4,6 +4,7 @@ Writes of concurrent requests are gathered into one fsync and one transaction
 (group commit): a disk flush costs the same for one record as for a thousand.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -39,7 +40,7 @@ class EventStore:
     def __init__(self, log: EventLog, state: UserState, *, pseudonyms: bool = False):
         self.log, self.state, self.pseudonyms = log, state, pseudonyms
         self.replayed = self._replay()
-        self._committed = time.monotonic()
+        self._noted, self._unnoted = time.monotonic(), False
         self._queue: queue.SimpleQueue[tuple[Sequence[Record], Future] | None] = queue.SimpleQueue()
         self._waiting, self._lock = 0, threading.Lock()
         self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
@@ -95,8 +96,20 @@ class EventStore:
     def _note_place(self) -> None:
         self.log.commit(CONSUMER, encode_offset({segment: self.state.applied(segment) for segment in self.log.segments()}))
 
+    def _next(self) -> tuple[Sequence[Record], Future] | None:
+        """What is queued next, None at the end; between, and while nothing comes, the state's place in the log is noted."""
+        while True:
+            if self._unnoted and time.monotonic() - self._noted > COMMIT_EVERY_S:
+                self._noted, self._unnoted = time.monotonic(), False
+                with contextlib.suppress(StateError):  # retention waits a little longer
+                    self._note_place()
+            try:
+                return self._queue.get(timeout=COMMIT_EVERY_S)
+            except queue.Empty:
+                continue
+
     def _run(self) -> None:
-        while (first := self._queue.get()) is not None:
+        while (first := self._next()) is not None:
             group, count = [first], len(first[0])
             while count < MAX_GROUP:
                 try:
@@ -122,14 +135,12 @@ class EventStore:
             except StateBehind:  # the state was lost or restored under our feet
                 self._replay()
                 fresh = [True] * len(records)
-            if time.monotonic() - self._committed > COMMIT_EVERY_S:
-                self._committed = time.monotonic()
-                self._note_place()
         except Exception as error:  # this thread must live, and every client must hear
             told = error if isinstance(error, StateError) else StateError(f"events: cannot write, {type(error).__name__}: {error}")
             for _, future in group:
                 future.set_exception(told)
             return
+        self._unnoted = True
         at = 0
         for batch, future in group:
             future.set_result(fresh[at : at + len(batch)])

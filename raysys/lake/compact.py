@@ -35,7 +35,7 @@ class CompactConfig:
     """How a log becomes a lake."""
 
     batch_records: int = 500_000
-    """Records of a batch at most; about 1 kB of memory each."""
+    """Records of a batch at most; about 1.5 kB of memory each."""
     window_s: float = 86_400.0
     """How long after an impression feedback counts for it, seconds."""
     dedupe_s: float = 7 * 86_400.0

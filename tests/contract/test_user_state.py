@@ -225,6 +225,17 @@ def test_a_store_replays_what_the_state_has_not_seen(place):
     again.close()
 
 
+def test_the_place_of_the_state_is_noted_also_when_nothing_more_comes(place, monkeypatch):
+    monkeypatch.setattr("raysys.events.store.COMMIT_EVERY_S", 0.1)
+    store = store_at(place)
+    store.submit([event("u", "i", event_id="a")]).result()
+    deadline = time.monotonic() + 5
+    while store.log.read(store.log.committed("state"))[0] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert store.log.read(store.log.committed("state"))[0] == []
+    store.close()
+
+
 def test_a_state_that_is_lost_comes_back_from_the_log_while_the_service_runs(place, tmp_path):
     store = store_at(place)
     for n in range(5):
