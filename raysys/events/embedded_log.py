@@ -26,6 +26,7 @@ import orjson
 from raysys import storage
 from raysys.errors import StateError
 from raysys.events import frames
+from raysys.events.embedded_tombstones import TombstoneFile, write_all
 from raysys.events.log import EventLog, Record, SegmentInfo, Span, Tombstones, checked_consumer, is_erased
 
 SEGMENT_BYTES = 64 << 20
@@ -55,7 +56,7 @@ class EmbeddedLog(EventLog):
         self._file: int | None = None
         self._segment, self._position = "", 0
         self._started_ms = 0
-        self._erased: tuple[int, dict[bytes, float]] = (-1, {})
+        self._tombstones = TombstoneFile(self._path(TOMBSTONES))
         try:
             os.makedirs(os.path.join(folder, CONSUMERS), exist_ok=True)
         except OSError as error:
@@ -67,7 +68,8 @@ class EmbeddedLog(EventLog):
         """Write and fsync; see `EventLog.append`. When the disk refuses (full, read-only), nothing of the batch was accepted."""
         if not self.writable:
             raise StateError(f"event log {self.folder} was opened for reading")
-        self._bury([record for record in records if record.get("kind") == "erase"])
+        # Tombstones come before the records that say the same: from here on no reader returns the users' past.
+        self._tombstones.add([record for record in records if record.get("kind") == "erase"])
         payload = b"".join(frames.pack(record) for record in records)
         with self._lock:
             if (
@@ -79,7 +81,7 @@ class EmbeddedLog(EventLog):
             assert self._file is not None
             start = self._position
             try:
-                _write_all(self._file, payload)
+                write_all(self._file, payload)
                 os.fsync(self._file)
             except OSError as error:
                 # Half a batch may be on disk. It was not acknowledged, so it must not come back after a restart.
@@ -138,19 +140,8 @@ class EmbeddedLog(EventLog):
         storage.sync_dir(self.folder)
 
     def tombstones(self) -> Tombstones:
-        """See `EventLog.tombstones`; read again when the file has grown."""
-        path = self._path(TOMBSTONES)
-        size = os.path.getsize(path) if os.path.exists(path) else 0
-        if size != self._erased[0]:
-            found: dict[bytes, float] = {}
-            content = storage.read_bytes(path) if size else b""
-            for line in content[: content.rfind(b"\n") + 1].splitlines():  # a last line without its end was never answered
-                with contextlib.suppress(orjson.JSONDecodeError):
-                    entry = orjson.loads(line)
-                    key = bytes.fromhex(entry["user_key"])
-                    found[key] = max(entry["at"], found.get(key, entry["at"]))
-            self._erased = (size, found)
-        return self._erased[1]
+        """See `EventLog.tombstones`."""
+        return self._tombstones.read()
 
     def overwrite_erased(self) -> int:
         """See `EventLog.overwrite_erased`.
@@ -223,26 +214,6 @@ class EmbeddedLog(EventLog):
             os.close(self._file)
             self._file = None
 
-    def _bury(self, erasures: Sequence[Record]) -> None:
-        """Tombstones come before the records that say the same: from here on no reader returns the users' past."""
-        if not erasures:
-            return
-        lines = b"".join(orjson.dumps({"user_key": record["user_key"], "at": record["at"]}) + b"\n" for record in erasures)
-        try:
-            descriptor = os.open(self._path(TOMBSTONES), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                size = os.fstat(descriptor).st_size
-                if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                    lines = b"\n" + lines  # a crash left half a line
-                _write_all(descriptor, lines)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            storage.sync_dir(self.folder)
-        except OSError as error:
-            raise StateError(f"event log {self.folder}: cannot write a tombstone, {error}; nothing was erased") from None
-
     @contextlib.contextmanager
     def _dead(self, segment: str) -> Iterator[int | None]:
         """The open file of a segment without a writer, locked; None where its writer lives."""
@@ -311,9 +282,3 @@ class EmbeddedLog(EventLog):
                 finally:
                     os.close(descriptor)
         storage.remove(path)
-
-
-def _write_all(descriptor: int, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
