@@ -11,7 +11,7 @@ from raysys.events.erasure import erase_record, receipt
 from raysys.events.log import Record
 from raysys.serve.api import LIMITS, EventBody, EventsAnswer, EventsBody, ItemsBody
 from raysys.serve.ingest import check_attributes, check_events, checked_id
-from raysys.serve.openapi import attributes_body, body_of
+from raysys.serve.openapi import attributes_body, body_of, query_of
 from raysys.serve.recommender import Recommender
 from raysys.serve.replies import JSON, error_response, read_json, read_query
 
@@ -125,7 +125,7 @@ def telling_users(recommender: Recommender, writer: Writer, clock: Callable[[], 
         """Change some attributes; null removes one."""
         return await write(user_id, request, replace=False)
 
-    @router.get("/v1/users/{user_id}")
+    @router.get("/v1/users/{user_id}", openapi_extra=query_of("log", kind="boolean"))
     async def get_user(user_id: str, request: Request) -> Response:
         """Everything that is held about a user; with `log=true` also what the event log holds, which reads all of it."""
         wanted = read_query(request, "log").get("log", "false")

@@ -302,8 +302,8 @@ def test_waiting_writes_are_bounded_and_one_that_nobody_waits_for_is_left_out(pl
             futures.append(store.submit([event("u", f"i{n}", n)]))
     assert futures[-1].cancel()
     gate.set()
-    assert all(future.result() == [True] for future in futures[:-1]) and len(futures) <= 5
-    assert store.submit([event("u", "last", 99)]).result() == [True], "the writer lives"
+    assert all(future.result(timeout=10) == [True] for future in futures[:-1]) and len(futures) <= 5
+    assert store.submit([event("u", "last", 99)]).result(timeout=10) == [True], "the writer lives"
     assert items(store.state, "u") == [*(f"i{n}" for n in range(len(futures) - 1)), "last"]
     store.close()
 
