@@ -121,7 +121,9 @@ def choose_fusion(
     strongest = max(names, key=lambda name: alone[name])
     starts = {("interest", 1.0)} if "interest" in names else set()
     starts |= {(strongest, factor * pools.spread[strongest]) for factor in (TEMPERATURES[0], TEMPERATURES[-1])}
-    outcomes = [_grow(figure, names, first, {**temperatures, first: start}, pools.spread) for first, start in sorted(starts)]
+    # The encoder's own temperature first: where another one orders no better it would only sharpen what the loss had calibrated.
+    ordered = sorted(starts, key=lambda start: (start != ("interest", 1.0), start))
+    outcomes = [_grow(figure, names, first, {**temperatures, first: start}, pools.spread) for first, start in ordered]
     weights, temperatures, best = max(outcomes, key=lambda outcome: outcome[2])
     fusion = Fusion.of({name: weights.get(name, 0.0) for name in names}, temperatures)
     return fusion, _report(fusion, pools, cutoff)
