@@ -26,6 +26,10 @@ from raysys.train.encoder import EncoderTrainConfig, train_encoder
 K = 10
 MAX_BATCH_SCORES = 1 << 21
 """Scores of one source in an evaluation batch."""
+MAX_COMPARED = 200
+"""Queries whose whole distributions are compared, serving against updated."""
+MAX_COMPARED_SCORES = 1 << 24
+"""Scores held of either distribution."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,16 @@ def _improve(bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> I
             "new": (prequential[arrival[judged] >= cut], _score(candidate, sequences, held_out)),
             "anchor": (anchor, _score(candidate, anchors, anchor_positions)),
         }
-        if reason := _verdict(candidate, slices, config.margin, figures["gate"]):
+        reason = _verdict(candidate, slices, config.margin, figures["gate"]) or _shifted(
+            bundle, candidate, {"new": (sequences, held_out), "anchor": (anchors, anchor_positions)}, config, figures["gate"]
+        )
+        if reason:
             return Improvement({}, False, reason, figures)
     final = _updated(bundle, sequences, arrival >= 0, replay, config, seed)
-    if reason := _verdict(final, {"anchor": (anchor, _score(final, anchors, anchor_positions))}, config.margin, figures["gate"]):
+    reason = _verdict(final, {"anchor": (anchor, _score(final, anchors, anchor_positions))}, config.margin, figures["gate"]) or _shifted(
+        bundle, final, {"anchor": (anchors, anchor_positions)}, config, figures["gate"]
+    )
+    if reason:
         return Improvement({}, False, reason, figures)
     changed = {name: model.to_arrays() for name, model in final.models.items() if model is not bundle.models[name]}
     return Improvement(changed, True, "", figures)
@@ -158,3 +168,33 @@ def _verdict(candidate: Bundle, slices: dict[str, tuple[np.ndarray, np.ndarray]]
         if not loss <= margin:
             return f"NDCG@{K} on the {name} slice fell by {loss:.4f}, the margin is {margin:g}"
     return ""
+
+
+def _shifted(bundle: Bundle, candidate: Bundle, slices: dict[str, tuple[Sequences, np.ndarray]], config: OnlineConfig, gate: dict) -> str:
+    """Why the candidate's probabilities must not be published; empty when they may. Adds the figures to `gate`.
+
+    Calibration: log loss is a proper score, it rises when a model grows too sure. Drift: people of whom nothing new
+    is known should mostly be told what they were told before.
+    """
+    for name, (sequences, positions) in slices.items():
+        positions = positions[-min(MAX_COMPARED, max(1, MAX_COMPARED_SCORES // bundle.items.num_rows)) :]
+        if not len(positions):
+            continue
+        before, after = (_distribution(one, sequences, positions) for one in (bundle, candidate))
+        rows, targets = np.arange(len(positions)), sequences.items[positions]
+        rise = float((before[rows, targets] - after[rows, targets]).mean())
+        gate[name]["log_loss_rise"] = rise
+        if not rise <= config.max_log_loss_rise:
+            return f"calibration: log loss on the {name} slice rose by {rise:.3f} nats, at most {config.max_log_loss_rise:g} is allowed"
+        if name == "anchor":
+            drift = float(0.5 * np.abs(np.exp(before) - np.exp(after)).sum(axis=1).mean())
+            gate[name]["drift"] = drift
+            if not drift <= config.max_drift:
+                return f"score drift: answers to users without news moved by {drift:.3f}, at most {config.max_drift:g} is allowed"
+    return ""
+
+
+def _distribution(bundle: Bundle, sequences: Sequences, positions: np.ndarray) -> np.ndarray:
+    """(Q, N) float32 log-probability of the next item before each position, as retrieval fuses it."""
+    pipeline, queries = Pipeline(bundle), sequences.queries_before(positions)
+    return pipeline.fusion.fuse(pipeline.source_log_probs(queries), empty=queries.lengths == 0)
