@@ -132,7 +132,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--data", required=True, metavar="DIR", help="a data folder, such as `raysys import` writes")
     command.add_argument("--out", required=True, metavar="DIR", help="folder of replay.json, replay.png and what was trained")
     command.add_argument("--url", default=None, help="a running service that knows the start of the data; else one is started, twice")
-    command.add_argument("--model", default=None, metavar="BUNDLE", help="start from this bundle instead of training on the start of the data")
+    command.add_argument(
+        "--model", default=None, metavar="BUNDLE", help="start from this bundle instead of training on the start of the data"
+    )
     _add_config(command)
 
     command = add("recommend", _recommend, "one answer without a server, by the same code")
@@ -333,7 +335,9 @@ def _validation(version: dict) -> str:
     text = "" if figure is None else f"valid ndcg@10 {figure:.4f}"
     gate = ((version.get("metrics") or {}).get("online") or {}).get("gate") or {}
     passed = [
-        f"{name} {one['serving']['ndcg@10']:.4f} -> {one['updated']['ndcg@10']:.4f}" for name, one in gate.items() if "ndcg@10" in one["updated"]
+        f"{name} {one['serving']['ndcg@10']:.4f} -> {one['updated']['ndcg@10']:.4f}"
+        for name, one in gate.items()
+        if "ndcg@10" in one["updated"]
     ]
     return f"{text}  gate: {', '.join(passed)}" if passed else text
 

@@ -109,7 +109,7 @@ def _ranker(ranker: Ranker, mix: np.ndarray, content: np.ndarray) -> Ranker:
         "content_vectors": torch.cat([old.content_vectors[:-1], fresh, old.content_vectors[-1:]]),
         "popularity": torch.cat([old.popularity[:-1], torch.zeros(len(mix)), old.popularity[-1:]]),
     }
-    network = RankerNetwork(*tables.values(), len(ranker.sources), old.config)
+    network = RankerNetwork(tables["item_vectors"], tables["content_vectors"], tables["popularity"], len(ranker.sources), old.config)
     network.load_state_dict({**old.state_dict(), **tables})
     return Ranker(network, ranker.sources, calibration=ranker.calibration, label=ranker.label, negatives=ranker.negatives)
 

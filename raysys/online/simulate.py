@@ -164,7 +164,9 @@ def split(data: str, config: SimulateConfig) -> tuple[pl.DataFrame, dict[str, li
 
 def _tellable(value: Any) -> bool:
     """Whether the service takes such an attribute."""
-    return isinstance(value, (str, int, float, bool)) or (isinstance(value, list) and all(isinstance(one, (str, int, float)) for one in value))
+    return isinstance(value, (str, int, float, bool)) or (
+        isinstance(value, list) and all(isinstance(one, (str, int, float)) for one in value)
+    )
 
 
 def first_model(head: pl.DataFrame, items: dict[str, dict[str, Any]], out: str, config: SimulateConfig) -> str:
@@ -203,7 +205,7 @@ def run_arm(arm: str, bundle: str, tail: dict[str, list], items: dict[str, dict]
     registry.publish(bundle)
     learning = OnlineConfig(epochs=config.epochs, lr=config.lr, seed=config.seed)
     learner = Learner(places["registry"], places["events"], learning) if arm == "on" else None
-    with running_service(**places, port=config.port) as url:
+    with running_service(registry=places["registry"], events=places["events"], state=places["state"], port=config.port) as url:
         return replay(url, tail, items, (lambda: None) if learner is None else learner.round, config)
 
 
@@ -260,7 +262,9 @@ def _wait_for(client: Client, version: str) -> None:
             time.sleep(0.1)
 
 
-def compared(arms: dict[str, dict], tail: dict[str, list], trained_users: set[str], config: SimulateConfig) -> dict[str, float | int | None]:
+def compared(
+    arms: dict[str, dict], tail: dict[str, list], trained_users: set[str], config: SimulateConfig
+) -> dict[str, float | int | None]:
     """Hit rates of the arms, also for users that appear on the way; the relative gain; the events until recovery from the flip."""
     figures: dict[str, float | int | None] = {}
     new = np.array([user not in trained_users for user in tail["user_id"]])
@@ -325,5 +329,10 @@ def summary_rows(result: dict) -> list[tuple[str, str]]:
     rows += [(name, "-" if value is None else f"{value:.4g}") for name, value in result["figures"].items()]
     for arm, found in result["arms"].items():
         published = sum(one["status"] == "published" for one in found["rounds"])
-        rows.append((arm, f"{found['seconds']:.0f} s, {len(found['upserts'])} items upserted, {published} of {len(found['rounds'])} rounds published"))
+        rows.append(
+            (
+                arm,
+                f"{found['seconds']:.0f} s, {len(found['upserts'])} items upserted, {published} of {len(found['rounds'])} rounds published",
+            )
+        )
     return rows

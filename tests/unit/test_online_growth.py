@@ -53,7 +53,9 @@ def bundle(monkeypatch):
     }
     weights = {"interest": 0.4, "covisit": 0.3, "content": 0.2, "popularity": 0.1}
     fusion = {"mixture": Fusion.of(weights, dict.fromkeys(weights, 1.0)).to_dict(), "ranker_weight": 0.0}
-    items = pa.table({"item_idx": pa.array(range(N), pa.int32()), "item_id": [f"i{i}" for i in range(N)], "title": TITLES, "year": range(1980, 1980 + N)})
+    items = pa.table(
+        {"item_idx": pa.array(range(N), pa.int32()), "item_id": [f"i{i}" for i in range(N)], "title": TITLES, "year": range(1980, 1980 + N)}
+    )
     items = items.append_column("num_train", pa.array([4] * N))
     histories = Histories.build(flat, [f"u{row}" for row in range(8)], max_events=10)
     return Bundle(items, models, fusion, histories, {"events": ["other", "view"], "log_offset": None})

@@ -213,7 +213,11 @@ def test_each_gate_stops_what_the_others_let_pass(world, monkeypatch):
     monkeypatch.setattr("raysys.online.improve.train_encoder", ruined)
     log.append(events_of(walks(20, STEP, 4, np.random.default_rng(0)), 0))
     open_gates = {"margin": 2.0, "max_log_loss_rise": 1e9, "max_drift": 1.0}
-    for gate, bound, words in (("margin", 0.02, "the margin is"), ("max_log_loss_rise", 0.1, "calibration"), ("max_drift", 0.1, "score drift")):
+    for gate, bound, words in (
+        ("margin", 0.02, "the margin is"),
+        ("max_log_loss_rise", 0.1, "calibration"),
+        ("max_drift", 0.1, "score drift"),
+    ):
         report = learner_of(world, dataclasses.replace(CONFIG, **{**open_gates, gate: bound})).round()
         assert report["status"] == "refused" and words in report["reason"]
     assert learner_of(world, dataclasses.replace(CONFIG, **open_gates)).round()["status"] == "published"
