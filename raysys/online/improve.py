@@ -6,6 +6,7 @@ serving models first predict every new event before anything learns from it
 the newest ones. Only after both is the published update made, from all events.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from raysys.bundle import Bundle
 from raysys.evaluate import metrics
 from raysys.models.base import Arrays, Meta
 from raysys.models.interest import InterestRetriever
+from raysys.models.ranker import Ranker
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import Fresh, sampled_histories
 from raysys.pipeline import Pipeline, seen_mask
@@ -110,20 +112,30 @@ def _updated(bundle: Bundle, sequences: Sequences, new: np.ndarray, replay: Sequ
     models["popularity"] = models["popularity"].update(sequences.items[new], sequences.events[new], sequences.times[new])
     if "interest" in models and config.epochs > 0:
         models["interest"] = _fine_tuned(models["interest"], sequences, new, replay, config, seed)
+    if "ranker" in models:
+        models["ranker"] = _recounted(models["ranker"], sequences.items[new])
     return Bundle(bundle.items, models, bundle.fusion, bundle.histories, bundle.manifest)
+
+
+def _recounted(ranker: Ranker, items: np.ndarray) -> Ranker:
+    """The ranker with new events in its popularity feature; its weights stay as trained."""
+    network = copy.deepcopy(ranker.network)
+    counts = torch.from_numpy(np.bincount(items, minlength=len(network.popularity)).astype(np.float32))
+    network.popularity = torch.log1p(torch.expm1(network.popularity) + counts)
+    return Ranker(network, ranker.sources, calibration=ranker.calibration, label=ranker.label, negatives=ranker.negatives)
 
 
 def _fine_tuned(
     retriever: InterestRetriever, sequences: Sequences, new: np.ndarray, replay: Sequences, config: OnlineConfig, seed: int
 ) -> InterestRetriever:
     """The encoder after a few steps on the users with new events; others are replayed, so that it does not forget them."""
-    copy = InterestRetriever.from_arrays(*retriever.to_arrays())
+    clone = InterestRetriever.from_arrays(*retriever.to_arrays())
     # No running average: over the few steps of a round it would keep the old weights and learn next to nothing.
     settings = EncoderTrainConfig(epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, warmup_steps=0, ema=0.0)
-    train_encoder(copy.encoder, InMemory(_together(sequences, replay)), settings, seed=seed)
-    warm = copy.warm.copy()
+    train_encoder(clone.encoder, InMemory(_together(sequences, replay)), settings, seed=seed)
+    warm = clone.warm.copy()
     warm[sequences.items[new]] = True
-    return InterestRetriever(copy.encoder, warm)
+    return InterestRetriever(clone.encoder, warm)
 
 
 def _together(first: Sequences, second: Sequences) -> Sequences:

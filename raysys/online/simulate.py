@@ -122,7 +122,10 @@ def simulate(data: str, out: str, config: SimulateConfig, *, url: str | None = N
         arms = {"service": replay(url, tail, items, lambda: None, config)}
     else:
         bundle = model or first_model(head, items, out, config)
-        arms = {arm: run_arm(arm, bundle, tail, items, storage.join(out, arm), config) for arm in config.arms}
+        arms = {}
+        for arm in config.arms:
+            arms[arm] = run_arm(arm, bundle, tail, items, storage.join(out, arm), config)
+            storage.write_json(storage.join(out, f"{arm}.json"), arms[arm])  # an hour of replay must not be lost with the next arm
     result = {
         "settings": {name: getattr(config, name) for name in config.__dataclass_fields__},
         "events": len(tail["item_id"]),

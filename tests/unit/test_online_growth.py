@@ -117,6 +117,7 @@ def test_items_and_users_of_the_log_are_in_the_next_version(bundle, tmp_path):
     assert after.item_ids[N:] == ["spacey", "mute"] and after.manifest["new_items"] == 2
     assert after.items["num_train"].to_pylist()[N:] == [6, 6]
     assert after.models["interest"].warm.all()
+    assert after.models["ranker"].network.popularity.expm1().tolist() == pytest.approx([6, 0, 0, 0, 0, 0, 6, 6, 0], abs=1e-4)
     assert after.models["covisit"].scores(QUERY)[0, N:].min() > 0, "counted after i0"
     assert recommend_user(after, "new3", 3).strategy == "personalized"
     assert learner.round()["status"] == "idle" and Learner(registry.uri, log.folder, open_gates).round()["status"] == "idle"
