@@ -128,6 +128,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--interval", type=float, default=30.0, help="seconds between rounds (default: 30)")
     _add_config(command)
 
+    command = add("simulate", _simulate, "replay the end of a data set through the service, with the learner on and off")
+    command.add_argument("--data", required=True, metavar="DIR", help="a data folder, such as `raysys import` writes")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder of replay.json, replay.png and what was trained")
+    command.add_argument("--url", default=None, help="a running service that knows the start of the data; else one is started, twice")
+    command.add_argument(
+        "--model", default=None, metavar="BUNDLE", help="start from this bundle instead of training on the start of the data"
+    )
+    _add_config(command)
+
     command = add("recommend", _recommend, "one answer without a server, by the same code")
     command.add_argument("--model", required=True, metavar="BUNDLE")
     command.add_argument("--user", required=True)
@@ -323,7 +332,14 @@ def _models(arguments: argparse.Namespace) -> Rows:
 def _validation(version: dict) -> str:
     figures = (version.get("metrics") or {}).get("validation") or {}
     figure = figures.get("final", figures.get("fused"))
-    return "" if figure is None else f"valid ndcg@10 {figure:.4f}"
+    text = "" if figure is None else f"valid ndcg@10 {figure:.4f}"
+    gate = ((version.get("metrics") or {}).get("online") or {}).get("gate") or {}
+    passed = [
+        f"{name} {one['serving']['ndcg@10']:.4f} -> {one['updated']['ndcg@10']:.4f}"
+        for name, one in gate.items()
+        if "ndcg@10" in one["updated"]
+    ]
+    return f"{text}  gate: {', '.join(passed)}" if passed else text
 
 
 def _serve(arguments: argparse.Namespace) -> Rows:
@@ -353,6 +369,19 @@ def _online(arguments: argparse.Namespace) -> Rows:
         config=config.load(OnlineConfig, arguments.config, arguments.overrides),
     )
     return [(str(key), _short(value)) for key, value in report.items() if not isinstance(value, dict)]
+
+
+def _simulate(arguments: argparse.Namespace) -> Rows:
+    from raysys.online.simulate import SimulateConfig, simulate, summary_rows
+
+    result = simulate(
+        cluster.location(arguments.data, "--data"),
+        cluster.location(arguments.out, "--out"),
+        config.load(SimulateConfig, arguments.config, arguments.overrides),
+        url=arguments.url,
+        model=arguments.model and cluster.location(arguments.model, "--model"),
+    )
+    return summary_rows(result)
 
 
 def _recommend(arguments: argparse.Namespace) -> Rows:

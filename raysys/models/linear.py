@@ -99,6 +99,12 @@ class Linear:
         np.fill_diagonal(coefficients, 0.0)
         return cls(_largest(coefficients, config.neighbours), config, weights)
 
+    def grown(self, num_items: int) -> "Linear":
+        """The model with rows and columns for more items, of which it says nothing."""
+        matrix = self.matrix.copy()
+        matrix.resize((num_items, num_items))
+        return Linear(matrix, self.config, self.event_weights)
+
     def scores(self, queries: Queries) -> np.ndarray:
         """(B, N) float32 sum over the history of faded coefficients; 0 where nothing is known."""
         return (self._history(queries) @ self.matrix).toarray().astype(np.float32, copy=False)

@@ -27,6 +27,10 @@ class OnlineConfig:
     """Torch threads of a round; the learner mostly shares its machine with the service."""
     margin: float = 0.02
     """NDCG@10 that an update may lose against the serving version, on either slice, before it is refused."""
+    max_log_loss_rise: float = 0.5
+    """Nats by which the log loss of what users did next, under retrieval's distribution, may rise on either slice (calibration)."""
+    max_drift: float = 0.5
+    """Mean total variation between the serving and the updated distribution over the catalogue, for anchor users, in [0, 1]."""
     max_evaluated: int = 2000
     """Newest events scored in a round at most."""
     seed: int = 0

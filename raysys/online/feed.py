@@ -4,8 +4,9 @@ Only this part of the learner sees user ids; what leaves it is keyed by hash.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,8 @@ class Fresh:
         offset: of the log, after the last record read.
         num_records: records read, of all kinds.
         num_skipped: events left out: unknown items, duplicates.
+        new_items: item id -> attributes of items upserted since that the bundle has no row for, in the order of their rows:
+            the first one is row N of the bundle's items.
     """
 
     sequences: Sequences
@@ -42,6 +45,7 @@ class Fresh:
     offset: str
     num_records: int
     num_skipped: int
+    new_items: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def num_events(self) -> int:
@@ -49,16 +53,20 @@ class Fresh:
         return int((self.arrival >= 0).sum())
 
 
-def read_fresh(log: EventLog, bundle: Bundle, after: str | None, *, max_events: int) -> Fresh:
+def read_fresh(
+    log: EventLog, bundle: Bundle, after: str | None, *, max_events: int, pending: Mapping[str, dict[str, Any]] | None = None
+) -> Fresh:
     """Read on from an offset until the log ends or enough usable events were found.
 
     Args:
         log: open for reading.
         bundle: whose items, event codes and histories count.
         after: offset of the last record that is already learnt.
-        max_events: stop once so many usable events are there.
+        max_events: stop once so many events are there.
+        pending: new items that an earlier read found and nobody has published.
     """
-    gathered: dict[str, list[tuple[int, int, int]]] = defaultdict(list)  # user id -> (item, event code, time)
+    gathered: dict[str, list[Record]] = defaultdict(list)  # user id -> events
+    new_items = dict(pending or {})
     erased: set[bytes] = set()
     seen_ids: set[str] = set()
     num_records = num_events = num_skipped = 0
@@ -75,30 +83,52 @@ def read_fresh(log: EventLog, bundle: Bundle, after: str | None, *, max_events: 
                 for user_id in [user_id for user_id in gathered if user_key(user_id) == key]:
                     num_events -= len(gathered.pop(user_id))
             elif record.get("kind") == "event" and record.get("event", DEFAULT_EVENT) not in NON_HISTORY_EVENTS:
-                event = _usable(record, bundle, seen_ids)
-                if event is None:
-                    num_skipped += 1
+                event_id = record.get("event_id")
+                if event_id is not None and event_id in seen_ids:
+                    num_skipped += 1  # a retry that raced with itself is in the log twice
                     continue
-                gathered[record["user_id"]].append(event)
+                if event_id is not None:
+                    seen_ids.add(event_id)
+                gathered[record["user_id"]].append(record)
                 num_events += 1
+            elif record.get("kind") in ("item", "item_delete") and record["item_id"] not in bundle.item_index:
+                _change(new_items, record)
     assert offset is not None  # a read gives one, and there was at least one read
-    return _joined(gathered, erased, bundle, offset, num_records, num_skipped)
+    # Only now: an item may be told of after the first event on it.
+    rows = {item_id: bundle.items.num_rows + place for place, item_id in enumerate(new_items)}
+    usable: dict[str, list[tuple[int, int, int]]] = {}  # user id -> (item, event code, time)
+    for user_id, records in gathered.items():
+        found = [event for record in records if (event := _usable(record, bundle, rows)) is not None]
+        num_skipped += len(records) - len(found)
+        if found:
+            usable[user_id] = found
+    return _joined(usable, erased, bundle, offset, num_records, num_skipped, new_items)
 
 
-def _usable(record: Record, bundle: Bundle, seen_ids: set[str]) -> tuple[int, int, int] | None:
-    event_id = record.get("event_id")
-    if event_id is not None and event_id in seen_ids:
-        return None  # a retry that raced with itself is in the log twice
-    if event_id is not None:
-        seen_ids.add(event_id)
-    item = bundle.item_index.get(record["item_id"])
+def _change(items: dict[str, dict[str, Any]], record: Record) -> None:
+    item_id = record["item_id"]
+    if record["kind"] == "item_delete":
+        items.pop(item_id, None)
+        return
+    before = {} if record.get("replace", True) else items.get(item_id, {})
+    items[item_id] = {**before, **record["attributes"]}
+
+
+def _usable(record: Record, bundle: Bundle, rows: Mapping[str, int]) -> tuple[int, int, int] | None:
+    item = bundle.item_index.get(record["item_id"], rows.get(record["item_id"]))
     if item is None:
         return None
     return item, bundle.event_codes.get(record.get("event", DEFAULT_EVENT), 0), int(record["timestamp"])
 
 
 def _joined(
-    gathered: dict[str, list[tuple[int, int, int]]], erased: set[bytes], bundle: Bundle, offset: str, num_records: int, num_skipped: int
+    gathered: dict[str, list[tuple[int, int, int]]],
+    erased: set[bytes],
+    bundle: Bundle,
+    offset: str,
+    num_records: int,
+    num_skipped: int,
+    new_items: dict[str, dict[str, Any]],
 ) -> Fresh:
     keys, columns, lengths = [], [], []
     for user_id, events in gathered.items():
@@ -119,7 +149,7 @@ def _joined(
     new_positions = np.flatnonzero(is_new)
     arrival[new_positions[np.argsort(times[new_positions], kind="stable")]] = np.arange(len(new_positions))
     sequences = flat_sequences(items, codes, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    return Fresh(sequences, arrival, keys, frozenset(erased), offset, num_records, num_skipped)
+    return Fresh(sequences, arrival, keys, frozenset(erased), offset, num_records, num_skipped, new_items)
 
 
 def flat_sequences(items: np.ndarray, events: np.ndarray, times: np.ndarray, indptr: np.ndarray) -> Sequences:

@@ -6,6 +6,7 @@ serving models first predict every new event before anything learns from it
 the newest ones. Only after both is the published update made, from all events.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from raysys.bundle import Bundle
 from raysys.evaluate import metrics
 from raysys.models.base import Arrays, Meta
 from raysys.models.interest import InterestRetriever
+from raysys.models.ranker import Ranker
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import Fresh, sampled_histories
 from raysys.pipeline import Pipeline, seen_mask
@@ -26,6 +28,10 @@ from raysys.train.encoder import EncoderTrainConfig, train_encoder
 K = 10
 MAX_BATCH_SCORES = 1 << 21
 """Scores of one source in an evaluation batch."""
+MAX_COMPARED = 200
+"""Queries whose whole distributions are compared, serving against updated."""
+MAX_COMPARED_SCORES = 1 << 24
+"""Scores held of either distribution."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +90,16 @@ def _improve(bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> I
             "new": (prequential[arrival[judged] >= cut], _score(candidate, sequences, held_out)),
             "anchor": (anchor, _score(candidate, anchors, anchor_positions)),
         }
-        if reason := _verdict(candidate, slices, config.margin, figures["gate"]):
+        reason = _verdict(candidate, slices, config.margin, figures["gate"]) or _shifted(
+            bundle, candidate, {"new": (sequences, held_out), "anchor": (anchors, anchor_positions)}, config, figures["gate"]
+        )
+        if reason:
             return Improvement({}, False, reason, figures)
     final = _updated(bundle, sequences, arrival >= 0, replay, config, seed)
-    if reason := _verdict(final, {"anchor": (anchor, _score(final, anchors, anchor_positions))}, config.margin, figures["gate"]):
+    reason = _verdict(final, {"anchor": (anchor, _score(final, anchors, anchor_positions))}, config.margin, figures["gate"]) or _shifted(
+        bundle, final, {"anchor": (anchors, anchor_positions)}, config, figures["gate"]
+    )
+    if reason:
         return Improvement({}, False, reason, figures)
     changed = {name: model.to_arrays() for name, model in final.models.items() if model is not bundle.models[name]}
     return Improvement(changed, True, "", figures)
@@ -100,20 +112,30 @@ def _updated(bundle: Bundle, sequences: Sequences, new: np.ndarray, replay: Sequ
     models["popularity"] = models["popularity"].update(sequences.items[new], sequences.events[new], sequences.times[new])
     if "interest" in models and config.epochs > 0:
         models["interest"] = _fine_tuned(models["interest"], sequences, new, replay, config, seed)
+    if "ranker" in models:
+        models["ranker"] = _recounted(models["ranker"], sequences.items[new])
     return Bundle(bundle.items, models, bundle.fusion, bundle.histories, bundle.manifest)
+
+
+def _recounted(ranker: Ranker, items: np.ndarray) -> Ranker:
+    """The ranker with new events in its popularity feature; its weights stay as trained."""
+    network = copy.deepcopy(ranker.network)
+    counts = torch.from_numpy(np.bincount(items, minlength=len(network.popularity)).astype(np.float32))
+    network.popularity = torch.log1p(torch.expm1(network.popularity) + counts)
+    return Ranker(network, ranker.sources, calibration=ranker.calibration, label=ranker.label, negatives=ranker.negatives)
 
 
 def _fine_tuned(
     retriever: InterestRetriever, sequences: Sequences, new: np.ndarray, replay: Sequences, config: OnlineConfig, seed: int
 ) -> InterestRetriever:
     """The encoder after a few steps on the users with new events; others are replayed, so that it does not forget them."""
-    copy = InterestRetriever.from_arrays(*retriever.to_arrays())
+    clone = InterestRetriever.from_arrays(*retriever.to_arrays())
     # No running average: over the few steps of a round it would keep the old weights and learn next to nothing.
     settings = EncoderTrainConfig(epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, warmup_steps=0, ema=0.0)
-    train_encoder(copy.encoder, InMemory(_together(sequences, replay)), settings, seed=seed)
-    warm = copy.warm.copy()
+    train_encoder(clone.encoder, InMemory(_together(sequences, replay)), settings, seed=seed)
+    warm = clone.warm.copy()
     warm[sequences.items[new]] = True
-    return InterestRetriever(copy.encoder, warm)
+    return InterestRetriever(clone.encoder, warm)
 
 
 def _together(first: Sequences, second: Sequences) -> Sequences:
@@ -158,3 +180,33 @@ def _verdict(candidate: Bundle, slices: dict[str, tuple[np.ndarray, np.ndarray]]
         if not loss <= margin:
             return f"NDCG@{K} on the {name} slice fell by {loss:.4f}, the margin is {margin:g}"
     return ""
+
+
+def _shifted(bundle: Bundle, candidate: Bundle, slices: dict[str, tuple[Sequences, np.ndarray]], config: OnlineConfig, gate: dict) -> str:
+    """Why the candidate's probabilities must not be published; empty when they may. Adds the figures to `gate`.
+
+    Calibration: log loss is a proper score, it rises when a model grows too sure. Drift: people of whom nothing new
+    is known should mostly be told what they were told before.
+    """
+    for name, (sequences, positions) in slices.items():
+        positions = positions[-min(MAX_COMPARED, max(1, MAX_COMPARED_SCORES // bundle.items.num_rows)) :]
+        if not len(positions):
+            continue
+        before, after = (_distribution(one, sequences, positions) for one in (bundle, candidate))
+        rows, targets = np.arange(len(positions)), sequences.items[positions]
+        rise = float((before[rows, targets] - after[rows, targets]).mean())
+        gate[name]["log_loss_rise"] = rise
+        if not rise <= config.max_log_loss_rise:
+            return f"calibration: log loss on the {name} slice rose by {rise:.3f} nats, at most {config.max_log_loss_rise:g} is allowed"
+        if name == "anchor":
+            drift = float(0.5 * np.abs(np.exp(before) - np.exp(after)).sum(axis=1).mean())
+            gate[name]["drift"] = drift
+            if not drift <= config.max_drift:
+                return f"score drift: answers to users without news moved by {drift:.3f}, at most {config.max_drift:g} is allowed"
+    return ""
+
+
+def _distribution(bundle: Bundle, sequences: Sequences, positions: np.ndarray) -> np.ndarray:
+    """(Q, N) float32 log-probability of the next item before each position, as retrieval fuses it."""
+    pipeline, queries = Pipeline(bundle), sequences.queries_before(positions)
+    return pipeline.fusion.fuse(pipeline.source_log_probs(queries), empty=queries.lengths == 0)

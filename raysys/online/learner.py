@@ -28,10 +28,13 @@ from raysys.errors import BundleError, ConfigError, StateError
 from raysys.events.log import open_log
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import Fresh, merged_histories, read_fresh
+from raysys.online.growth import grown
 from raysys.online.improve import Improvement, improve
 from raysys.registry import Pointer, Registry
 
 LOCK = "learner.lock"
+CONSUMER = "online"
+"""Name under which the log remembers the offset of the version in use, so that retention waits for the learner."""
 WRITTEN_BY_BUNDLE = ("format", "version", "created", "user_key_id", "history_max_events", "fusion", "models", "files")
 Improve = Callable[[Bundle, Fresh, OnlineConfig, int], Improvement]
 
@@ -90,6 +93,8 @@ class Learner:
         self._bundle: Bundle | None = None
         # Records after the published offset that hold nothing to learn; without this each round would read them again.
         self._empty_until: tuple[str, str] | None = None
+        # New items among those records: they get their rows with the next events. A new process reads them again.
+        self._pending: dict[str, dict[str, Any]] = {}
         self._refused_at: tuple[str, str] | None = None
 
     def round(self) -> dict[str, Any]:
@@ -103,15 +108,19 @@ class Learner:
             return report
         bundle = self._open(pointer.version)
         after = bundle.manifest.get("log_offset")
+        if after is not None and self.log.committed(CONSUMER) != after:
+            self.log.commit(CONSUMER, after)
+        pending: dict[str, dict[str, Any]] = {}
         if self._empty_until is not None and self._empty_until[0] == pointer.version:
-            after = self._empty_until[1]
-        fresh = read_fresh(self.log, bundle, after, max_events=self.config.max_events)
+            after, pending = self._empty_until[1], self._pending
+        fresh = read_fresh(self.log, bundle, after, max_events=self.config.max_events, pending=pending)
         report |= {"events": fresh.num_events, "records": fresh.num_records, "skipped": fresh.num_skipped}
         if fresh.num_events == 0 and not fresh.erased & set(bundle.histories.table["user_key"].to_pylist()):
-            self._empty_until = (pointer.version, fresh.offset)
+            self._empty_until, self._pending = (pointer.version, fresh.offset), fresh.new_items
             return report | {"status": "idle"}
         if fresh.num_events < self.config.min_events and not fresh.erased or self._refused_at == (pointer.version, fresh.offset):
             return report | {"status": "waiting"}
+        bundle = grown(bundle, fresh.new_items)
         result = Improvement({}, True, "", {"events": 0})
         if fresh.num_events:
             result = self.step(bundle, fresh, self.config, pointer.sequence)
@@ -144,6 +153,7 @@ class Learner:
             "watermark": max(bundle.manifest.get("watermark") or 0, newest),
             "metrics": {**(bundle.manifest.get("metrics") or {}), "online": result.figures},
             "log_offset": fresh.offset,
+            "new_items": len(fresh.new_items),
             "lineage": {
                 "trained": lineage["trained"],
                 "parent": bundle.version,

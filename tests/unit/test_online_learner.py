@@ -201,6 +201,28 @@ def test_a_worse_update_is_refused_once_and_tried_again_with_more_events(world, 
     assert registry.current() == pointer
 
 
+def test_each_gate_stops_what_the_others_let_pass(world, monkeypatch):
+    """A ruined encoder under one gate after the other; with all of them open it would be published."""
+    _, log = world
+
+    def ruined(encoder, *arguments, **options):
+        generator = torch.Generator().manual_seed(0)
+        for parameter in encoder.parameters():
+            parameter.data.normal_(generator=generator)
+
+    monkeypatch.setattr("raysys.online.improve.train_encoder", ruined)
+    log.append(events_of(walks(20, STEP, 4, np.random.default_rng(0)), 0))
+    open_gates = {"margin": 2.0, "max_log_loss_rise": 1e9, "max_drift": 1.0}
+    for gate, bound, words in (
+        ("margin", 0.02, "the margin is"),
+        ("max_log_loss_rise", 0.1, "calibration"),
+        ("max_drift", 0.1, "score drift"),
+    ):
+        report = learner_of(world, dataclasses.replace(CONFIG, **{**open_gates, gate: bound})).round()
+        assert report["status"] == "refused" and words in report["reason"]
+    assert learner_of(world, dataclasses.replace(CONFIG, **open_gates)).round()["status"] == "published"
+
+
 def test_values_that_are_not_finite_are_refused(world):
     registry, log = world
     log.append(events_of(walks(20, STEP, 4, np.random.default_rng(0)), 0))

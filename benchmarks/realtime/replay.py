@@ -1,0 +1,182 @@
+"""The online loop on a real timeline: gain of learning, recovery from a flip of tastes, event to model, hot swaps under load.
+
+    raysys import recbole ML100K --out DATA
+    raysys bench realtime/replay --data DATA --out runs/realtime [--events 0] [--only replay|flip|swaps]
+
+Leaves `replay.json` in the shape that benchmarks/scale/README.md describes, and the plots of both replays beside it. A bar is
+judged only on the whole of the last 20% of the data (`--events 0`); a shorter run leaves `met` null. Services run one
+after the other, on this machine, with the learner.
+"""
+
+import argparse
+import http.client
+import json
+import shutil
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from raysys import storage
+from raysys.bundle import Bundle
+from raysys.online.config import OnlineConfig
+from raysys.online.learner import Learner
+from raysys.online.simulate import Client, SimulateConfig, first_model, simulate, split
+from raysys.registry import Registry
+from raysys.serve.launch import running_service
+
+REQUESTS, SWAPS, CLIENTS = 5000, 10, 4
+WITHIN_EVENTS, WITHIN_S, GAIN = 2000, 60.0, 0.15
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="MovieLens-100k as a data folder")
+    parser.add_argument("--out", default="runs/realtime", help="folder of the JSON (default: runs/realtime)")
+    parser.add_argument("--events", type=int, default=0, help="events replayed at most; 0 for all of the last 20%%")
+    parser.add_argument("--learn-every", type=int, default=500)
+    parser.add_argument("--window", type=int, default=500)
+    parser.add_argument("--train-epochs", type=int, default=10)
+    parser.add_argument("--requests", type=int, default=REQUESTS)
+    parser.add_argument("--only", choices=["replay", "flip", "swaps"], default=None)
+    arguments = parser.parse_args()
+    config = SimulateConfig(
+        max_events=arguments.events, learn_every=arguments.learn_every, window=arguments.window, train_epochs=arguments.train_epochs
+    )
+    work = storage.join(arguments.out, "replay")
+    head, tail, items = split(arguments.data, config)
+    bundle = first_model(head, items, work, config)
+    whole = arguments.events == 0
+    rows: list[dict] = []
+    figures: dict[str, float | None] = {}
+    bars: list[dict] = []
+    if arguments.only in (None, "replay"):
+        result = simulate(arguments.data, storage.join(work, "plain"), config, model=bundle)
+        rows += rows_of("plain", result)
+        figures |= result["figures"]
+        bars.append(bar("replay, relative hit-rate@10 of learning", f">= {GAIN}", result["figures"].get("relative gain"), GAIN, whole))
+        seconds = [one["oldest_event_s"] for one in result["arms"]["on"]["rounds"] if one["status"] == "published"]
+        slowest = max(seconds, default=None)
+        figures["longest round of the learner, s"] = max((one["round_s"] for one in result["arms"]["on"]["rounds"]), default=None)
+        bars.append(
+            bar("oldest event of a round -> answered by the new version, s", f"<= {WITHIN_S:.0f}", slowest, WITHIN_S, whole, most=True)
+        )
+        shutil.copy(Path(work) / "plain" / "replay.png", Path(arguments.out) / "replay.png")
+    if arguments.only in (None, "flip"):
+        result = simulate(arguments.data, storage.join(work, "flip"), replace(config, flip=0.5), model=bundle)
+        rows += rows_of("flip", result)
+        figures |= {f"flip: {name}": value for name, value in result["figures"].items()}
+        took = result["figures"].get("events to recovery, on")
+        bars.append(bar("events until 90% of what the flip lost is back", f"<= {WITHIN_EVENTS}", took, WITHIN_EVENTS, whole, most=True))
+        shutil.copy(Path(work) / "flip" / "replay.png", Path(arguments.out) / "replay_flip.png")
+    if arguments.only in (None, "swaps"):
+        found = swaps(bundle, tail, storage.join(work, "swaps"), arguments.requests)
+        rows.append({"series": "hot swaps", **found})
+        enough = found["requests"] >= REQUESTS and found["swaps"] >= SWAPS
+        for name in ("failures", "mixed"):
+            bars.append(bar(f"{REQUESTS} requests across {SWAPS} hot swaps, {name}", "0", found[name], 0, enough, most=True))
+    about = {"data": arguments.data, "events": str(arguments.events or "all"), "learn_every": str(arguments.learn_every)}
+    storage.write_json(
+        storage.join(arguments.out, "replay.json"), {"name": "replay", "rows": rows, "figures": figures, "bars": bars, "about": about}
+    )
+    for name, value in figures.items():
+        print(f"{name}: {'-' if value is None else f'{value:.4g}'}")
+    for one in bars:
+        print(f"{ {True: 'met', False: 'missed', None: 'not judged'}[one['met']] }  {one['what']}: {one['measured']} ({one['bar']})")
+
+
+def bar(what: str, wanted: str, measured: float | None, bound: float, judged: bool, *, most: bool = False) -> dict:
+    """A promise; not judged where the run was too small, missed where there is no figure."""
+    met = None if not judged else measured is not None and (measured <= bound if most else measured >= bound)
+    return {"what": what, "bar": wanted, "measured": measured, "met": met}
+
+
+def rows_of(name: str, result: dict) -> list[dict]:
+    return [
+        {
+            "series": f"{name}, learner {arm}",
+            "events": len(found["hits"]),
+            "seconds": found["seconds"],
+            "hits": sum(found["hits"]),
+            "upserts": len(found["upserts"]),
+            "published": sum(one["status"] == "published" for one in found["rounds"]),
+        }
+        for arm, found in result["arms"].items()
+    ]
+
+
+def swaps(bundle: str, tail: dict[str, list], folder: str, requests: int) -> dict:
+    """Ask without a pause while versions change, some by learning (they differ in their items), and check every answer.
+
+    An answer is mixed when its version was never published, or when it holds an item that this version has no row for
+    though it is not a live one: each new item is upserted under a name that tells by which version it is first known.
+    """
+    places = {name: storage.join(folder, name) for name in ("registry", "events", "state")}
+    for place in places.values():
+        storage.remove(place)
+    registry = Registry(places["registry"])
+    registry.publish(bundle)
+    rows_by_version: dict[str, set[str]] = {registry.current().version: set(Bundle.open(bundle, only=()).item_ids)}
+    answers: list[tuple[str | None, list[dict]]] = []
+    failures: list[int] = []
+    done, lock = threading.Event(), threading.Lock()
+
+    def ask(url: str, first: int) -> None:
+        client, at = Client(url), first
+        while not done.is_set():
+            try:
+                status, answer = client.call("POST", "/v1/recommend", {"user_id": tail["user_id"][at % len(tail["user_id"])], "n": 10})
+            except (OSError, http.client.HTTPException, json.JSONDecodeError):
+                status, answer = 0, {}
+            with lock:
+                if status != 200 or answer.get("degraded"):
+                    failures.append(status)
+                else:
+                    answers.append((answer["model_version"], answer["items"]))
+                if len(answers) + len(failures) >= requests and len(rows_by_version) > SWAPS:
+                    done.set()
+            at += CLIENTS
+
+    started = time.perf_counter()
+    with running_service(**places, port=8077) as url:
+        learner = Learner(places["registry"], places["events"], OnlineConfig(epochs=0, margin=1.0))
+        threads = [threading.Thread(target=ask, args=(url, n)) for n in range(CLIENTS)]
+        for thread in threads:
+            thread.start()
+        teller = Client(url)
+        at = 0
+        try:
+            while len(rows_by_version) <= SWAPS:
+                item = f"swap-{len(rows_by_version)}"
+                teller.post("/v1/items", {"items": [{"item_id": item, "title": f"A Film About Number {at}"}]})
+                for _ in range(20):
+                    teller.post(
+                        "/v1/events", {"events": [{"user_id": tail["user_id"][at], "item_id": item, "event": "rating", "value": 5}]}
+                    )
+                    at = (at + 1) % len(tail["user_id"])
+                report = learner.round()
+                if report["status"] == "published":
+                    known = Bundle.open(registry.bundle_uri(report["version"]), only=()).item_ids
+                    rows_by_version[report["version"]] = set(known)
+            for thread in threads:
+                thread.join()
+        finally:
+            done.set()
+    return {
+        "requests": len(answers) + len(failures),
+        "swaps": len({version for version, _ in answers}) - 1,
+        "failures": len(failures),
+        "mixed": sum(is_mixed(version, items, rows_by_version) for version, items in answers),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def is_mixed(version: str | None, items: list[dict], rows_by_version: dict[str, set[str]]) -> bool:
+    """Whether an answer names models for an item that its version does not have; live items name `new` or `content` alone."""
+    if version not in rows_by_version or len({one["item_id"] for one in items}) != len(items):
+        return True
+    return any(one["item_id"] not in rows_by_version[version] and set(one["sources"]) - {"new", "content"} for one in items)
+
+
+if __name__ == "__main__":
+    main()

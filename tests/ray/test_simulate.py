@@ -1,0 +1,65 @@
+"""A timeline through the running service, with the learner on and off."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raysys import storage
+from raysys.online.simulate import SimulateConfig, recovery, simulate, split
+from tests import planted
+
+
+def write_data(folder: str) -> None:
+    """Walks of planted clusters, interleaved in time; the last items occur only late."""
+    walks, items = planted.sequences(), planted.items_table()
+    ids = np.array(items["item_id"].to_pylist())
+    table = {
+        "user_id": [planted.user_ids()[row] for row in walks.rows],
+        "item_id": ids[walks.items],
+        "timestamp": walks.times + walks.rows,  # one after the other, each user still in order
+        "event": ["rating"] * len(walks.items),
+        "value": walks.values,
+    }
+    table = pa.table(table).sort_by("timestamp")
+    fresh = ["brand-new" if at >= table.num_rows - 60 and at % 6 == 0 else item for at, item in enumerate(table["item_id"].to_pylist())]
+    table = table.set_column(table.schema.get_field_index("item_id"), "item_id", [fresh])
+    storage.write_table(storage.join(folder, "interactions.parquet"), table)
+    told = items.select(["item_id", "title", "categories", "year"])
+    brand_new = {"item_id": ["brand-new"], "title": ["A title of its own"], "categories": [["new"]], "year": [2000]}
+    storage.write_table(storage.join(folder, "items.parquet"), pa.concat_tables([told, pa.table(brand_new, schema=told.schema)]))
+
+
+def test_a_flip_changes_only_what_follows_it(tmp_path):
+    write_data(str(tmp_path / "data"))
+    _, plain, _ = split(str(tmp_path / "data"), SimulateConfig(max_events=100))
+    _, flipped, _ = split(str(tmp_path / "data"), SimulateConfig(max_events=100, flip=0.5))
+    assert flipped["item_id"][:50] == plain["item_id"][:50]
+    assert np.mean([a != b for a, b in zip(flipped["item_id"][50:], plain["item_id"][50:], strict=True)]) > 0.8
+    assert flipped["user_id"] == plain["user_id"]
+
+
+@pytest.mark.slow
+def test_both_arms_of_a_small_replay(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    write_data(str(tmp_path / "data"))
+    config = SimulateConfig(share=0.1, learn_every=60, window=30, train_epochs=2)
+    result = simulate(str(tmp_path / "data"), str(tmp_path / "out"), config)
+    assert result == json.loads((tmp_path / "out" / "replay.json").read_text())
+    assert (tmp_path / "out" / "replay.png").stat().st_size > 10_000
+    off, on = result["arms"]["off"], result["arms"]["on"]
+    assert len(off["hits"]) == len(on["hits"]) == result["events"] > 120
+    assert off["rounds"] == [] and off["upserts"] == on["upserts"] != []
+    published = [one for one in on["rounds"] if one["status"] == "published"]
+    assert len(on["rounds"]) == result["events"] // 60 and published
+    assert len(off["versions"]) == 1 and len(on["versions"]) > 1
+    first = published[0]["at"]
+    assert on["hits"][:first] == off["hits"][:first], "before the first version the arms are the same"
+
+
+def test_recovery_counts_from_the_flip():
+    hits = np.array([1] * 100 + [0] * 50 + [1] * 150)
+    assert recovery(hits, 100, 20) == 48, "18 of the 20 after it are hits"
+    assert recovery(np.array([1] * 100 + [0] * 200), 100, 20) is None
+    assert recovery(np.ones(300), 100, 20) is None, "nothing was lost"
