@@ -36,7 +36,7 @@ from raysys.index.config import IndexConfig
 from raysys.index.exact import exact_top_k
 from raysys.index.files import build, open_index
 
-K, USERS, NOISE = 100, 600, 0.08
+K, USERS, NOISE = 100, 600, 1.0
 FACTORY = {"ivf-sq8": "IVF{lists},SQ8", "ivf-flat": "IVF{lists},Flat", "ivf-pq": "IVF{lists},PQ{half}x4fs,RFlat", "hnsw": "HNSW32"}
 SIDES = ("exact", "exact-int8", "raysys", *FACTORY, "usearch-i8")
 
@@ -87,9 +87,9 @@ def about() -> dict:
 def clustered(count: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """(N, D) items and (USERS, D) users."""
     rng = np.random.default_rng(0)
-    centres = unit(rng.standard_normal((max(100, count // 250), dim), dtype=np.float32))
-    both = centres[rng.integers(0, len(centres), count + USERS)]
-    both = unit(both + NOISE * rng.standard_normal(both.shape, dtype=np.float32))
+    centres = unit(rng.standard_normal((max(100, count // 1000), dim), dtype=np.float32))
+    both = centres[(len(centres) * rng.random(count + USERS) ** 2).astype(np.int64)]  # large and small clusters
+    both = unit(both + NOISE / np.sqrt(dim) * rng.standard_normal(both.shape, dtype=np.float32))
     return both[:count], both[count:]
 
 

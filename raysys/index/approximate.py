@@ -15,6 +15,7 @@ Legend: B queries, N items, D dimension, k results.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import faiss
@@ -24,8 +25,11 @@ from raysys.index.exact import exact_top_k
 
 TRAIN_PER_LIST, TRAIN_ROUNDS = 50, 10
 """Vectors a centre is learned from, and k-means rounds. Faiss warns below 39 and uses at most 256; few keep building fast."""
-FILTER_MARGIN = 2
-"""Lists read under a filter, over the share that it leaves: the k best allowed items lie further out than the k best of all."""
+FILTER_SHARES = (0.5, 0.1, 0.01)
+"""Random filters that keep this share are tuned for too: the k best allowed items lie further out than the k best of all, and how much
+further depends on the vectors (the same share of clustered ones took 1 list without a filter and hundreds with one)."""
+WIDE = 0.9
+"""A filter that keeps this share or more, such as a few deleted items, counts as none."""
 SAMPLE_QUERIES = 256
 """Queries that recall is measured on: its standard error is below .005 where k is 100."""
 
@@ -39,6 +43,8 @@ class Tuned:
     """Lists that a query reads."""
     recall: float
     """Share of the true k best found on the sample queries."""
+    filtered: list[tuple[float, int]]
+    """For each of FILTER_SHARES, the lists that a query reads when a filter keeps that share."""
 
 
 def build(vectors: np.ndarray, queries: np.ndarray, *, k: int, target_recall: float, seed: int = 0) -> tuple[np.ndarray, Tuned]:
@@ -61,17 +67,26 @@ def build(vectors: np.ndarray, queries: np.ndarray, *, k: int, target_recall: fl
     index.train(vectors)
     index.add(vectors)
     sample = np.ascontiguousarray(queries[:: max(1, len(queries) // SAMPLE_QUERIES)][:SAMPLE_QUERIES], np.float32)
-    expected = exact_top_k(sample, vectors, k)[0]
-    probes, recall = _fewest_probes(index, sample, expected, target_recall)
-    index.nprobe = probes
-    return faiss.serialize_index(index), Tuned(lists, probes, recall)
+    probes, recall = _fewest_probes(index, sample, exact_top_k(sample, vectors, k)[0], target_recall)
+    filtered, rng = [], np.random.default_rng(seed)
+    for share in FILTER_SHARES:
+        allowed = rng.random(len(vectors)) < share
+        expected = exact_top_k(sample, vectors, k, allowed=allowed)[0]
+        filtered.append((share, _fewest_probes(index, sample, expected, target_recall, _selector(allowed))[0]))
+    return faiss.serialize_index(index), Tuned(lists, probes, recall, filtered)
 
 
-def _fewest_probes(index: faiss.IndexIVF, queries: np.ndarray, expected: np.ndarray, target: float) -> tuple[int, float]:
+def _selector(allowed: np.ndarray) -> faiss.IDSelector:
+    return faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+
+
+def _fewest_probes(
+    index: faiss.IndexIVF, queries: np.ndarray, expected: np.ndarray, target: float, selector: faiss.IDSelector | None = None
+) -> tuple[int, float]:
     """The smallest number of lists whose recall reaches the target, by doubling and then halving the gap."""
 
     def recall(probes: int) -> float:
-        found = index.search(queries, expected.shape[1], params=faiss.SearchParametersIVF(nprobe=probes))[1]
+        found = index.search(queries, expected.shape[1], params=faiss.SearchParametersIVF(nprobe=probes, sel=selector))[1]
         hits = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(found, expected, strict=True))
         return hits / max(1, int((expected >= 0).sum()))
 
@@ -97,11 +112,14 @@ class InvertedLists:
         RuntimeError: from Faiss, where the file is not one of its indexes.
     """
 
-    def __init__(self, path: str, probes: int):
+    def __init__(self, path: str, probes: int, filtered: Sequence[tuple[float, int]]):
         self._index = faiss.read_index(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
         # By default 32 threads are started for every search, to read ahead on disk; here the pages are in memory.
         faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0
         self.probes = self._index.nprobe = probes
+        self.filtered = filtered
+        # Touches every page once, so that the first users do not wait for that: about 10 ms at a million items.
+        self._search(np.zeros((1, self._index.d), np.float32), 1, self._index.nlist, None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,8 +129,8 @@ class InvertedLists:
     def top_k(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k best allowed items; fewer only where fewer are allowed.
 
-        A filter that keeps a share p of the items leaves about p of each list, so FILTER_MARGIN / p as many lists are read;
-        with a filter of one item in a thousand that is all of them, and the answer is exact but for the rounding of codes.
+        Below the smallest tuned share all lists are read: scanning the bitmap is fast, and the answer exact but for the rounding of
+        codes. Filters that go along with the vectors, such as a category, may find more or less than the random ones of tuning.
 
         Args:
             queries: (B, D) float32.
@@ -131,14 +149,20 @@ class InvertedLists:
         reachable = min(k, count)
         if reachable == 0 or len(queries) == 0:
             return rows, scores
-        selector = None if allowed is None else faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        probes = min(self._index.nlist, math.ceil(self.probes * (1 if allowed is None else FILTER_MARGIN * self.shape[0] / count)))
+        selector = None if allowed is None else _selector(allowed)
+        probes = self._probes(count / self.shape[0])
         scores[:, :reachable], rows[:, :reachable] = self._search(queries, reachable, probes, selector)
         short = rows[:, reachable - 1] < 0
         if short.any():  # the lists nearest to these queries hold too few
             scores[short, :reachable], rows[short, :reachable] = self._search(queries[short], reachable, self._index.nlist, selector)
         scores[rows < 0] = -np.inf
         return rows, scores
+
+    def _probes(self, share: float) -> int:
+        """Lists to read when this share is allowed."""
+        if share >= WIDE:
+            return self.probes
+        return next((max(self.probes, probes) for tuned, probes in self.filtered if share >= tuned), self._index.nlist)
 
     def _search(self, queries: np.ndarray, k: int, probes: int, selector: faiss.IDSelector | None) -> tuple[np.ndarray, np.ndarray]:
         return self._index.search(queries, k, params=faiss.SearchParametersIVF(nprobe=probes, sel=selector))

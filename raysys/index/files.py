@@ -111,7 +111,7 @@ def open_index(folder: str) -> ItemIndex:
                 raise BundleCorrupt(f"{path}: expected {expected}, found {found}; remove the folder and build again")
         base: Base
         if manifest["kind"] == "approximate":
-            base = approximate.InvertedLists(storage.join(folder, FAISS), manifest["tuned"]["probes"])
+            base = approximate.InvertedLists(storage.join(folder, FAISS), manifest["tuned"]["probes"], manifest["tuned"]["filtered"])
         else:
             paths = {name.removesuffix(".npy"): storage.join(folder, name) for name in manifest["files"]}
             # An empty array cannot be mapped.

@@ -80,6 +80,13 @@ def test_tuning_reaches_its_target_with_few_lists(tmp_path):
         assert tuned["recall"] >= target and recall >= target - 0.03
         probes.append(tuned["probes"])
     assert probes[0] < probes[2] < tuned["lists"] / 2 and probes == sorted(probes)
+    # The same under filters of which none was tuned; the k best allowed lie in other clusters.
+    for share in (0.7, 0.3, 0.05, 0.004):
+        allowed = rng.random(len(items)) < share
+        found = open_index(str(tmp_path / "0.98")).search(queries[300:], 50, allowed=allowed)[0]
+        expected = exact_top_k(queries[300:], items, 50, allowed=allowed)[0]
+        hits = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(found, expected, strict=True))
+        assert hits / (expected >= 0).sum() >= 0.95
 
 
 def test_memory_is_what_was_promised(tmp_path):
