@@ -156,6 +156,23 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--time-budget", default=None, metavar="30m")
     _add_config(command)
 
+    command = add("compact", _compact, "take over what is new in the event log into a data folder for prepare")
+    command.add_argument("--events", default=None)
+    command.add_argument("--out", required=True, metavar="LAKE", help="folder that grows with every call")
+    command.add_argument("--delta", default=None, metavar="DIR", help="write each new batch to DIR/batch-N too, for prepare --append")
+    command.add_argument("--max-age", default=None, metavar="30d", help="then drop segments of the log that are older")
+    command.add_argument("--max-bytes", default=None, metavar="10G", help="then drop the oldest segments beyond this size")
+    command.add_argument("--force", action="store_true", help="drop also what a named consumer has not read; it is counted")
+    command.add_argument("--forget-consumer", default=None, metavar="NAME", help="no longer wait for this consumer of the log")
+    command.add_argument(
+        "--dead-letters", default=None, metavar="DIR", help="folder of refused records (default: where the service puts them)"
+    )
+    _add_config(command)
+
+    command = add("resend", _resend, "send refused events again that were mended in their dead-letter file")
+    command.add_argument("file", help="a dead-letter-*.jsonl; what is still refused stays in it")
+    command.add_argument("--url", default="http://127.0.0.1:8000", help="of the service (default: http://127.0.0.1:8000)")
+
     command = add("plan", _plan, "how many nodes of which kind, hours, memory, network and replicas a size needs")
     for name in ("users", "items", "events"):
         command.add_argument(f"--{name}", required=True, metavar="N", help="a number such as 20k, 1.5M or 10B")
@@ -408,6 +425,32 @@ def _pipeline(arguments: argparse.Namespace) -> Rows:
     return [*rows, ("bundle", bundle)]
 
 
+def _compact(arguments: argparse.Namespace) -> Rows:
+    from raysys.events.log import open_log
+    from raysys.events.retention import Retention
+    from raysys.lake.compact import CompactConfig, compact
+
+    events, lake = default_location(arguments.events, "events"), cluster.location(arguments.out, "--out")
+    if arguments.forget_consumer:
+        open_log(events).remove_consumer(arguments.forget_consumer)
+    report = compact(
+        events,
+        lake,
+        config=config.load(CompactConfig, arguments.config, arguments.overrides),
+        retention=Retention(parse_seconds(arguments.max_age, "--max-age"), parse_bytes(arguments.max_bytes), arguments.force),
+        delta=arguments.delta and cluster.location(arguments.delta, "--delta"),
+        dead_letters=arguments.dead_letters and cluster.location(arguments.dead_letters, "--dead-letters"),
+    )
+    return [*((str(key), _short(value)) for key, value in report.items()), ("lake", lake)]
+
+
+def _resend(arguments: argparse.Namespace) -> Rows:
+    from raysys.serve.resend import resend
+
+    report = resend(cluster.location(arguments.file, "FILE"), arguments.url)
+    return [(name, str(count)) for name, count in report.items()]
+
+
 def _plan(arguments: argparse.Namespace) -> Rows:
     from raysys.plan import planner
     from raysys.plan.workload import CONSTANTS, NODES, Workload, load_constants, load_nodes, node_type, parse_count
@@ -451,22 +494,36 @@ def default_location(value: str | None, what: str) -> str:
     return cluster.location(value or os.environ.get(f"RAYSYS_{what.upper()}") or str(storage.home() / what), f"--{what}")
 
 
-def parse_seconds(text: str | None) -> float | None:
-    """Seconds from `90`, `90s`, `30m` or `2h`.
+def parse_seconds(text: str | None, flag: str = "--time-budget") -> float | None:
+    """Seconds from `90`, `90s`, `30m`, `2h` or `7d`.
 
     Raises:
         ConfigError: anything else, or nothing positive.
     """
     if text is None:
         return None
-    number, unit = (text[:-1], text[-1]) if text[-1:] in "smh" and text else (text, "s")
+    number, unit = (text[:-1], text[-1]) if text[-1:] in "smhd" and text else (text, "s")
     try:
-        seconds = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+        seconds = float(number) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[unit]
     except ValueError:
         seconds = 0.0
     if not seconds > 0:
-        raise ConfigError(f"--time-budget: expected a duration such as 90s, 30m or 2h, got {text!r}")
+        raise ConfigError(f"{flag}: expected a duration such as 90s, 30m or 2h, got {text!r}")
     return seconds
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """Bytes from `1000`, `64K`, `10M`, `10G` or `1T`, powers of 1024.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if text is None:
+        return None
+    number, unit = (text[:-1], text[-1]) if text[-1:] in "KMGT" and text else (text, "")
+    if not number.isdecimal():
+        raise ConfigError(f"--max-bytes: expected a size such as 500M or 10G, got {text!r}")
+    return int(number) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[unit]
 
 
 def print_table(rows: Rows) -> None:

@@ -8,6 +8,7 @@
     |   |-- BundleCorrupt             checksum or content does not match the manifest
     |   `-- BundleIncompatible        written by another format version
     |-- StateError                    event log or user state cannot be used
+    |   `-- StateBehind               the state lacks records that the log has
     |-- ServeOverloaded               shed; the client may retry later
     `-- DeadlineExceeded              the request ran out of time
 
@@ -47,6 +48,10 @@ class BundleIncompatible(BundleError):
 
 class StateError(RaysysError):
     """The event log or the user state cannot be opened or written."""
+
+
+class StateBehind(StateError):
+    """The state lacks records that the log has; a replay brings them back."""
 
 
 class ServeOverloaded(RaysysError):

@@ -1,4 +1,5 @@
 import os
+import secrets
 
 import pytest
 
@@ -29,3 +30,22 @@ def planted_bundle(own_home, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("planted") / "bundle")
     planted.build_bundle().write(folder, manifest=planted.manifest())
     return folder
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory):
+    """One server for all tests; each takes a key prefix of its own."""
+    from tests.redis_process import RedisProcess
+
+    server = RedisProcess(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["embedded", "redis"])
+def place(request: pytest.FixtureRequest, tmp_path):
+    """A function from a name to a location for a log or a state, in each implementation."""
+    if request.param == "embedded":
+        return lambda name: str(tmp_path / name)
+    server, prefix = request.getfixturevalue("redis_server"), secrets.token_hex(6)
+    return lambda name: f"{server.uri}?prefix={prefix}-{name}"

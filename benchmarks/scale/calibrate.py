@@ -46,7 +46,7 @@ from raysys.train.loss import fast_dtype
 from raysys.train.ranker import train_ranker
 
 FITTED, CHECKED, BAR = (0.25, 0.5, 1.0), (3.0, 10.0), 0.25
-PREPARE_EVENTS, TRAIN_USERS, TRAIN_ITEMS, SCORE_ITEMS, HISTORY = 1_000_000, 4_000, 4_000, 10_000, 20
+PREPARE_EVENTS, TRAIN_USERS, TRAIN_ITEMS, SCORE_ITEMS, HISTORY = 1_000_000, 2_048, 8_000, 10_000, 20
 BATCH, NEGATIVES, DIM, LAYERS, REQUESTS = 256, 1024, 64, 2, 150
 
 
@@ -193,7 +193,7 @@ def training_runs(scale: float) -> list[Run]:
 def measure_train(run: Run) -> Measurement:
     """Seconds of a steady epoch: the median of those after the first."""
     sequences = sequences_of(run.users, run.items)
-    epochs = 3 if run.size > 1 else 8
+    epochs = 8 if run.size <= 1 else 3 if run.size <= 3 else 2
     config = EncoderTrainConfig(epochs=epochs, batch_size=run.batch, loss=run.loss, num_negatives=run.negatives)  # type: ignore[arg-type]
     ends: list[float] = []
     encoder = encoder_of(run.items, run.dim)

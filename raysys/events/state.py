@@ -1,12 +1,12 @@
 """Online state: what an answer needs to know now. A view of the log that may be rebuilt from it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from raysys import storage
 from raysys.errors import ConfigError
-from raysys.events.log import Record, Span
+from raysys.events.log import Record, Span, Tombstones, is_redis
 from raysys.schema import HistoryEvent
 
 
@@ -16,6 +16,10 @@ class StateLimits:
 
     max_events: int = 500
     """Last events kept a user and a session."""
+    max_seen: int = 10_000
+    """Items kept a user as seen; beyond it those of longest ago are forgotten."""
+    session_window_s: float = 30 * 86400.0
+    """How long a session without events is kept, seconds."""
     event_id_window_s: float = 7 * 86400.0
     """How long an `event_id` is remembered to recognise a duplicate, seconds."""
     max_bytes: int = 8 << 30
@@ -45,7 +49,14 @@ class UserState(Protocol):
 
         Returns:
             For each record, False where it was an event seen before (by `event_id`).
+
+        Raises:
+            StateBehind: earlier records of the segment are missing here (the state was lost or restored); replay the log.
         """
+        ...
+
+    def bury(self, tombstones: Tombstones) -> None:
+        """Forget users before a replay: the log no longer returns what they did, whatever the order of its segments."""
         ...
 
     def applied(self, segment: str) -> int:
@@ -68,8 +79,16 @@ class UserState(Protocol):
         """Attributes, or None when nothing was ever set."""
         ...
 
-    def erased(self, user_id: str) -> bool:
-        """Whether what older bundles say about this user must be ignored."""
+    def counters(self, user_id: str) -> dict[str, int]:
+        """Events of a user by type, since the log began."""
+        ...
+
+    def seen(self, user_id: str, kinds: Collection[str] | None = None) -> set[str]:
+        """Items that a user did something with, also beyond the last events; with `kinds` only by events of these types."""
+        ...
+
+    def erased_at(self, user_id: str) -> float | None:
+        """When a user was erased, UTC epoch seconds: what bundles say about such a user must be ignored. None when never."""
         ...
 
     def item(self, item_id: str) -> ItemState | None:
@@ -93,14 +112,26 @@ class UserState(Protocol):
         ...
 
 
-def open_state(uri: str, limits: StateLimits | None = None, *, readonly: bool = False) -> UserState:
-    """The online state at a location.
+def open_state(uri: str, limits: StateLimits | None = None, *, readonly: bool = False, patient: bool = True) -> UserState:
+    """The online state at a location: a local folder, or `redis://host:port/db`.
+
+    Args:
+        uri: the location.
+        limits: bounds.
+        readonly: only read; an embedded store must exist.
+        patient: wait some seconds for a server that restarts; an answer does not.
 
     Raises:
         ConfigError: no implementation for this kind of location.
+        StateError: it cannot be opened.
     """
-    if not storage.is_local(uri):
-        raise ConfigError(f"state: expected a local folder (path or file://), got {uri!r}; other stores are not built yet")
-    from raysys.events.embedded_state import EmbeddedState
+    limits = limits or StateLimits()
+    if storage.is_local(uri):
+        from raysys.events.embedded_state import EmbeddedState
 
-    return EmbeddedState(storage.resolve(uri)[1], limits or StateLimits(), readonly=readonly)
+        return EmbeddedState(storage.resolve(uri)[1], limits, readonly=readonly)
+    if is_redis(uri):
+        from raysys.events.redis_state import RedisState
+
+        return RedisState(uri, limits, patient=patient)
+    raise ConfigError(f"state: expected a local folder (path or file://) or redis://host:port/db, got {uri!r}")

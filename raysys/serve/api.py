@@ -29,10 +29,14 @@ class Limits:
     """Records of one batch."""
     max_body_bytes: int = 4 << 20
     """Bytes of a request body."""
+    max_bodies_bytes: int = 64 << 20
+    """Bytes of all bodies that a replica holds at once; more requests are shed."""
     max_id_length: int = 400
     """Bytes of an id in UTF-8."""
     max_future_s: float = 86_400.0
-    """How far a timestamp may lie ahead, seconds."""
+    """How far a timestamp may lie ahead, seconds; one that does counts as now."""
+    min_timestamp_s: float = 631_152_000.0
+    """Earliest timestamp, epoch seconds: 1990, as in `prepare`."""
 
 
 LIMITS = Limits()

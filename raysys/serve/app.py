@@ -13,6 +13,7 @@ from ray.serve import Application, Deployment
 
 from raysys import storage
 from raysys.errors import ConfigError
+from raysys.events.dead_letters import dead_letter_folder
 from raysys.serve import deployments
 from raysys.serve.settings import FAST_SETTINGS
 
@@ -31,6 +32,8 @@ class AppArgs(BaseModel):
     threads: int = Field(1, ge=1, description="torch threads of each retrieval and ranking replica")
     max_in_flight: int = Field(150, ge=1, description="requests an ingress replica works on at once; more get 503 and Retry-After")
     history_events: int = Field(500, ge=1, le=10_000, description="events kept a user in the online state")
+    pseudonyms: bool = Field(False, description="write keyed hashes instead of user and session ids to the event log")
+    dead_letters: str | None = Field(None, description="folder of refused records; default beside a local log, else under RAYSYS_HOME")
 
 
 def build(args: AppArgs) -> Application:
@@ -50,7 +53,8 @@ def build(args: AppArgs) -> Application:
         logging.getLogger("ray.serve").warning("log and state are embedded: ingress and ingestion stay on the head node")
     ingress, retrieval, ranking, ingestion = (_deployment(name) for name in ("Ingress", "Retrieval", "Ranking", "Ingestion"))
     models = [stage.bind(registry, args.threads) for stage in (retrieval, ranking)]
-    writer = ingestion.options(ray_actor_options=_actor(on_node)).bind(events, state, args.history_events)
+    refused = dead_letter_folder(events, args.dead_letters and _location("dead_letters", args.dead_letters))
+    writer = ingestion.options(ray_actor_options=_actor(on_node)).bind(events, state, args.history_events, args.pseudonyms, refused)
     return ingress.options(ray_actor_options=_actor(on_node)).bind(registry, state, *models, writer, args.max_in_flight)
 
 

@@ -19,9 +19,9 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
-from raysys import storage
 from raysys.bundle import Bundle
 from raysys.errors import ServeOverloaded
+from raysys.events.dead_letters import DeadLetters
 from raysys.events.log import Record, open_log
 from raysys.events.state import StateLimits, open_state
 from raysys.events.store import EventStore
@@ -31,7 +31,6 @@ from raysys.queries import Queries
 from raysys.registry import Registry
 from raysys.serve.catalogue import Catalogue, live_encoder
 from raysys.serve.http import create_app
-from raysys.serve.ingest import DeadLetters
 from raysys.serve.recommender import Recommender, RetrievedOne, Version, pad_candidates
 
 LOG = logging.getLogger("ray.serve")
@@ -219,11 +218,14 @@ class Ingestion:
         events: URI of the log.
         state: URI of the state.
         max_events: events kept a user.
+        pseudonyms: write keyed hashes instead of user ids to the log.
+        dead_letters: folder of refused records.
     """
 
-    def __init__(self, events: str, state: str, max_events: int = 500):
-        self._store = EventStore(open_log(events, writable=True), open_state(state, StateLimits(max_events=max_events)))
-        self._dead_letters = DeadLetters(storage.resolve(events)[1])
+    def __init__(self, events: str, state: str, max_events: int, pseudonyms: bool, dead_letters: str):
+        log, limits = open_log(events, writable=True), StateLimits(max_events=max_events)
+        self._store = EventStore(log, open_state(state, limits), pseudonyms=pseudonyms)
+        self._dead_letters = DeadLetters(dead_letters)
 
     async def write(self, records: list[Record]) -> list[bool]:
         """See `telling.Writer.write`."""
@@ -233,11 +235,9 @@ class Ingestion:
         """See `telling.Writer.reject`."""
         await asyncio.get_running_loop().run_in_executor(None, self._dead_letters.write, entries)
 
-    async def erase(self, user_id: str) -> dict:
-        """See `telling.Writer.erase`."""
-        record = self._store.erase_record(user_id)
-        await self.write([record])
-        return self._store.receipt(record)
+    async def held(self, user_id: str) -> list[Record]:
+        """See `telling.Writer.held`."""
+        return await asyncio.get_running_loop().run_in_executor(None, self._store.records_of, user_id)
 
 
 def _raised(answer: Any) -> Any:
@@ -276,7 +276,7 @@ class HandleWriter:
     async def write(self, records: list[Record]) -> list[bool]:
         """See `telling.Writer.write`; a write under way in a replica that dies is repeated on its successor.
 
-        That is safe: every event carries an `event_id` by now, and setting an attribute twice is setting it.
+        That is safe: every event carries an `event_id` by now, and setting an attribute or erasing twice is doing it once.
         """
         for wait_s in (*WRITE_RETRIES_S, None):
             try:
@@ -293,9 +293,9 @@ class HandleWriter:
         """See `telling.Writer.reject`."""
         await self._ingestion.reject.remote(entries)
 
-    async def erase(self, user_id: str) -> dict:
-        """See `telling.Writer.erase`."""
-        return await self._ingestion.erase.remote(user_id)
+    async def held(self, user_id: str) -> list[Record]:
+        """See `telling.Writer.held`."""
+        return await self._ingestion.held.remote(user_id)
 
     def post(self, records: list[Record]) -> None:
         """See `telling.Writer.post`."""
@@ -331,7 +331,7 @@ class Ingress:
         self._max_in_flight = max_in_flight
         self._writer = HandleWriter(ingestion)
         self._backend = HandleBackend(retrieval, ranking)
-        self._recommender = Recommender(open_state(state), self._backend)
+        self._recommender = Recommender(open_state(state, patient=False), self._backend)
         self._tried: str | None = None
         self._follow_once()
         threading.Thread(target=self._follow, daemon=True, name="follow-registry").start()

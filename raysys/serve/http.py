@@ -51,24 +51,25 @@ def create_app(
         max_in_flight: requests worked on at once; more are answered with 503 and Retry-After.
         api_key: expected in `X-API-Key`; default from the environment, no check without one.
     """
-    app = described_app(_beside(started))
+    impressions = ImpressionBuffer(writer.post)
+    app = described_app(_beside(impressions.keep_flushing, *([started] if started else [])))
     expected_key = (api_key or os.environ.get(KEY_VARIABLE) or "").encode()
     app.add_middleware(Guard, expected_key=expected_key, max_in_flight=max_in_flight)
     install_error_replies(app)
-    app.include_router(asking(recommender, ImpressionBuffer(writer.post)))
+    app.include_router(asking(recommender, impressions))
     app.include_router(telling_events(writer, clock))
-    app.include_router(telling_items(recommender, writer))
-    app.include_router(telling_users(recommender, writer))
+    app.include_router(telling_items(recommender, writer, clock))
+    app.include_router(telling_users(recommender, writer, clock))
     app.include_router(_service(recommender, models, not_ready))
     return app
 
 
-def _beside(work: Callable[[], Coroutine[Any, Any, None]] | None) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _beside(*work: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        task = None if work is None else asyncio.create_task(work())
+        tasks = [asyncio.create_task(one()) for one in work]
         yield
-        if task is not None:
+        for task in tasks:
             task.cancel()
 
     return lifespan

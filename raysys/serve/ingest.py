@@ -1,14 +1,12 @@
 """What becomes of written things: events, items and users, checked record by record."""
 
-import os
-import secrets
-import threading
+import asyncio
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import orjson
 from pydantic import ValidationError
 
 from raysys.errors import SchemaError
@@ -17,25 +15,6 @@ from raysys.serve.api import LIMITS, EventBody
 
 ATTRIBUTE_TYPES = (str, int, float, bool, list, type(None))
 LIST_COLUMNS, TEXT_COLUMNS, RESERVED = ("categories",), ("title", "text"), ("item_id", "item_idx", "user_id", "num_train")
-
-
-class DeadLetters:
-    """Refused records with their reason, one JSON line each, so that they can be mended and sent again.
-
-    Args:
-        folder: beside the event log; one file a process.
-    """
-
-    def __init__(self, folder: str):
-        self._path = os.path.join(folder, f"dead-letter-{os.getpid()}-{secrets.token_hex(3)}.jsonl")
-        self._lock = threading.Lock()
-
-    def write(self, entries: list[dict]) -> None:
-        """Append entries."""
-        if not entries:
-            return
-        with self._lock, open(self._path, "ab") as file:
-            file.write(b"".join(orjson.dumps(entry) + b"\n" for entry in entries))
 
 
 def check_events(body: Any, now: float) -> tuple[list[Record], list[dict]]:
@@ -69,15 +48,25 @@ def check_events(body: Any, now: float) -> tuple[list[Record], list[dict]]:
             field, reason = first_problem(error.errors())
             rejected.append({"index": index, "field": field, "reason": reason})
             continue
-        timestamp = checked.timestamp if checked.timestamp is not None else now
-        if timestamp > now + LIMITS.max_future_s:
-            reason = f"expected at most {LIMITS.max_future_s / 3600:g} h in the future, got {(timestamp - now) / 3600:.1f} h"
-            rejected.append({"index": index, "field": "timestamp", "reason": reason})
+        stated = checked.timestamp if checked.timestamp is not None else now
+        if implausible := _implausible(stated, now):
+            rejected.append({"index": index, "field": "timestamp", "reason": implausible})
             continue
-        record = {"kind": "event", **checked.model_dump(exclude_none=True), "timestamp": timestamp, "received": now}
+        record = {"kind": "event", **checked.model_dump(exclude_none=True), "timestamp": min(stated, now), "received": now}
+        if stated > now:  # a clock that is ahead must not make this event the newest for hours
+            record["stated"] = stated
         record.setdefault("event_id", uuid.uuid4().hex)
         records.append(record)
     return records, rejected
+
+
+def _implausible(timestamp: float, now: float) -> str | None:
+    """Why an event cannot have happened then; None where it can. Late ones are welcome: they take their place in the history."""
+    if timestamp > now + LIMITS.max_future_s:
+        return f"expected at most {LIMITS.max_future_s / 3600:g} h in the future, got {(timestamp - now) / 3600:.1f} h"
+    if timestamp < LIMITS.min_timestamp_s:
+        return f"expected epoch seconds of {LIMITS.min_timestamp_s:.0f} (1990) or later, got {timestamp:g}"
+    return None
 
 
 def first_problem(errors: list[Any]) -> tuple[str | None, str]:
@@ -147,27 +136,31 @@ class ImpressionBuffer:
     """
 
     def __init__(self, send: Callable[[list[Record]], None], *, flush_s: float = 0.5, limit: int = 20_000):
-        self._send, self._flush_s, self._limit = send, flush_s, limit
-        self._records: list[Record] = []
+        self._send, self._flush_s = send, flush_s
+        self._records: deque[Record] = deque(maxlen=limit)
         self._last = time.monotonic()
         self.dropped = 0
 
     def add(self, answer: dict[str, Any]) -> None:
-        """Note what was shown."""
+        """Note what was shown, where, and with which chance. Nothing explores yet, so what was shown was certain to be."""
+        items = answer["items"]
+        if not items:
+            return
+        self.dropped += len(self._records) == self._records.maxlen
         self._records.append(
             {
                 "kind": "impression",
                 "recommendation_id": answer["recommendation_id"],
                 "user_id": answer["user_id"],
-                "items": [item["item_id"] for item in answer["items"]],
-                "scores": [item["score"] for item in answer["items"]],
+                "items": [item["item_id"] for item in items],
+                "positions": [item["rank"] for item in items],
+                "scores": [item["score"] for item in items],
+                "propensities": [item.get("propensity", 1.0) for item in items],
                 "version": answer["model_version"],
+                "strategy": answer["strategy"],
                 "at": time.time(),
             }
         )
-        if len(self._records) > self._limit:
-            self._records.pop(0)
-            self.dropped += 1
         if time.monotonic() - self._last >= self._flush_s:
             self.flush()
 
@@ -175,5 +168,12 @@ class ImpressionBuffer:
         """Send what is gathered."""
         self._last = time.monotonic()
         if self._records:
-            records, self._records = self._records, []
+            records = list(self._records)
+            self._records.clear()
             self._send(records)
+
+    async def keep_flushing(self) -> None:
+        """Send also what no later answer follows."""
+        while True:
+            await asyncio.sleep(self._flush_s)
+            self.flush()

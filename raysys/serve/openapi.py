@@ -65,9 +65,9 @@ def attributes_body() -> dict:
     return _body(ATTRIBUTES)
 
 
-def query_of(*names: str) -> dict:
-    """`openapi_extra` of a call with whole numbers as query parameters."""
-    return {"parameters": [{"name": name, "in": "query", "required": False, "schema": {"type": "integer"}} for name in names]}
+def query_of(*names: str, kind: str = "integer") -> dict:
+    """`openapi_extra` of a call with query parameters of one JSON type, whole numbers by default."""
+    return {"parameters": [{"name": name, "in": "query", "required": False, "schema": {"type": kind}} for name in names]}
 
 
 def _body(schema: dict) -> dict:

@@ -14,12 +14,13 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from raysys.bundle import Bundle
+from raysys.errors import StateError
 from raysys.events.state import UserState
 from raysys.models.base import Candidates
 from raysys.pipeline import LIVE_MAX_SHARE, live_ranks
@@ -29,6 +30,7 @@ from raysys.serve.api import HistoryItem, RankBody, RecommendBody
 from raysys.serve.catalogue import Catalogue
 
 LOG = logging.getLogger("ray.serve")
+T = TypeVar("T")
 SOURCE_SHARE = 0.1
 """A source is named for an item when at least this share of the item's fused probability is its."""
 REASON_TEXT = {
@@ -144,8 +146,8 @@ class Recommender:
     def sync_items(self) -> None:
         """Take in item changes of any process; cheap when there are none."""
         catalogue = self.catalogue
-        if self.state.item_sequence() > catalogue.sequence:
-            catalogue.apply(self.state.items_since(catalogue.sequence))
+        if self._from_state(self.state.item_sequence, 0) > catalogue.sequence:
+            catalogue.apply(self._from_state(lambda: self.state.items_since(catalogue.sequence), []))
 
     async def recommend(self, body: RecommendBody) -> dict[str, Any]:
         """Answer `POST /v1/recommend`.
@@ -156,13 +158,15 @@ class Recommender:
         stages = _Stages()
         self.sync_items()
         version = self.version
-        history, strategy = self._history(body, version)
+        history, strategy, unread = self._history(body, version)
         stages.mark("state")
         compiled = self.catalogue.compile(body.filter)
         blocked_ids = set(body.exclude)
         if body.exclude_seen is not False:
             kinds = None if body.exclude_seen is True else set(body.exclude_seen)
             blocked_ids |= {event.item_id for event in history if kinds is None or event.event in kinds}
+            if body.user_id is not None:
+                blocked_ids |= self._from_state(lambda: self.state.seen(str(body.user_id), kinds), set())
         wanted = None if body.include is None else set(body.include)
         if version is None:
             ranked = self._fallback(body.offset + body.n, blocked_ids, wanted, body.filter)
@@ -182,7 +186,7 @@ class Recommender:
             return self._answer(body, ranked, stages, strategy="fallback", degraded=f"retrieval failed ({type(error).__name__})")
         stages.mark("retrieval")
         scores, probabilities, failed = await self._rank(version, query, retrieved)
-        degraded = degraded or failed
+        degraded = degraded or failed or unread
         stages.mark("ranking")
         order = np.argsort(-scores, kind="stable")
         if body.diversity > 0:
@@ -203,7 +207,7 @@ class Recommender:
         stages = _Stages()
         self.sync_items()
         version = self.version
-        history, strategy = self._history(body, version)
+        history, strategy, unread = self._history(body, version)
         candidates = list(dict.fromkeys(body.candidates))
         usable = [
             item for item in candidates if self.catalogue.known(item) and self.catalogue.attributes(item).get("available") is not False
@@ -226,7 +230,7 @@ class Recommender:
             return self._answer(body, ranked, stages, strategy="fallback", degraded=f"retrieval failed ({type(error).__name__})")
         stages.mark("retrieval")
         scores, probabilities, failed = await self._rank(version, query, retrieved)
-        degraded = degraded or failed
+        degraded = degraded or failed or unread
         stages.mark("ranking")
         order = np.argsort(-scores, kind="stable")
         ranked = self._ranked(version, query, retrieved, order, scores, probabilities)
@@ -256,8 +260,8 @@ class Recommender:
 
     def held_about(self, user_id: str) -> dict[str, Any]:
         """Answer `GET /v1/users/{user_id}`: all that state and the current bundle hold about a user."""
-        erased, version = self.state.erased(user_id), self.version
-        learnt = None if erased or version is None else version.bundle.histories.lookup(user_id)
+        erased_at, version = self.state.erased_at(user_id), self.version
+        learnt = None if erased_at is not None or version is None else version.bundle.histories.lookup(user_id)
         events = [
             {"item_id": event.item_id, "event": event.event, "timestamp": event.timestamp, "value": event.value}
             for event in self.state.history(user_id)
@@ -266,7 +270,19 @@ class Recommender:
         if learnt is not None and version is not None:
             ids, names = version.catalogue.item_ids, version.bundle.events
             training = [{"item_id": ids[i], "event": names[e], "timestamp": int(t)} for i, e, t in zip(*learnt, strict=True)]
-        return {"user_id": user_id, "attributes": self.state.user(user_id) or {}, "events": events, "training_events": training}
+        held = {"user_id": user_id, "attributes": self.state.user(user_id) or {}, "events": events, "training_events": training}
+        seen = {"counters": self.state.counters(user_id), "seen": sorted(self.state.seen(user_id))}
+        if erased_at is None:
+            return {**held, **seen, "erasure": None}
+        version_name, holds = self.last_version_with(user_id)
+        return {**held, **seen, "erasure": {"at": erased_at, "first_version_without": None if holds else version_name}}
+
+    def last_version_with(self, user_id: str) -> tuple[str | None, bool]:
+        """The version in use, and whether its histories hold the user, hidden or not."""
+        version = self.version
+        if version is None:
+            return None, False
+        return version.bundle.version, version.bundle.histories.lookup(user_id) is not None
 
     def _degraded(self, stage: str, error: Exception) -> None:
         """Count a failed stage; the first of each kind, and then every thousandth, is logged."""
@@ -275,16 +291,31 @@ class Recommender:
             LOG.warning("%s failed, the answer is degraded: %s: %s", stage, type(error).__name__, error, exc_info=error)
         self.counts[name] += 1
 
-    def _history(self, body: RecommendBody | RankBody, version: Version | None) -> tuple[list[HistoryEvent], str]:
-        """Bundle history, then events since, then what the request itself brings; and the strategy if the models know any of it."""
+    def _from_state(self, read: Callable[[], T], otherwise: T) -> T:
+        """What the state says, or `otherwise` where it cannot be reached: an answer without a history is better than none."""
+        try:
+            return read()
+        except StateError as error:
+            self._degraded("state", error)
+            return otherwise
+
+    def _history(self, body: RecommendBody | RankBody, version: Version | None) -> tuple[list[HistoryEvent], str, str | None]:
+        """Bundle history, then events since, then what the request itself brings; the strategy if the models know any of it; what fails."""
+        unread: list[HistoryEvent] = []
+        unknown: float | None = 0.0
         events: list[HistoryEvent] = []
+        live: list[HistoryEvent] = []
         if body.user_id is not None:
-            live = self.state.history(body.user_id)
-            if version is not None and not self.state.erased(body.user_id):
-                events = _bundle_history(version, body.user_id, live)
+            user_id = body.user_id
+            live = self._from_state(lambda: self.state.history(user_id), unread)
+            # A state that cannot be read cannot say who was erased either.
+            if version is not None and live is not unread and self._from_state(lambda: self.state.erased_at(user_id), unknown) is None:
+                events = _bundle_history(version, user_id, live)
             events += live
         if body.session_id is not None and body.user_id is None:
-            events += self.state.session_history(body.session_id)
+            session_id = body.session_id
+            live = self._from_state(lambda: self.state.session_history(session_id), unread)
+            events += live
         strategy = "personalized" if events and body.user_id is not None else "session" if events else "cold_start"
         if body.history:
             now = self.clock()
@@ -292,7 +323,7 @@ class Recommender:
                 item = HistoryItem(item_id=entry) if isinstance(entry, str) else entry
                 events.append(HistoryEvent(item.item_id, item.event, item.timestamp or now, item.value))
             strategy = strategy if strategy == "personalized" else "session"
-        return events, strategy
+        return events, strategy, "state cannot be read (StateError)" if live is unread else None
 
     def _checked(self, version: Version, user_id: str | None, query: Queries, strategy: str) -> tuple[str, str | None]:
         """The strategy by what the models have to go on, and why the answer is less than it could be."""

@@ -40,7 +40,7 @@ async def read_json(request: Request) -> Any:
         SchemaError: it is not JSON.
         BodyTooLarge: it goes on beyond the limit (a chunked body has no length for `Guard` to look at).
     """
-    body = b""
+    body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > LIMITS.max_body_bytes:

@@ -7,12 +7,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from raysys.errors import SchemaError
+from raysys.events.erasure import erase_record, receipt
 from raysys.events.log import Record
 from raysys.serve.api import LIMITS, EventBody, EventsAnswer, EventsBody, ItemsBody
 from raysys.serve.ingest import check_attributes, check_events, checked_id
-from raysys.serve.openapi import attributes_body, body_of
+from raysys.serve.openapi import attributes_body, body_of, query_of
 from raysys.serve.recommender import Recommender
-from raysys.serve.replies import JSON, error_response, read_json
+from raysys.serve.replies import JSON, error_response, read_json, read_query
 
 
 class Writer(Protocol):
@@ -26,8 +27,8 @@ class Writer(Protocol):
         """Keep refused records in the dead-letter file."""
         ...
 
-    async def erase(self, user_id: str) -> dict:
-        """Forget a user; the signed receipt."""
+    async def held(self, user_id: str) -> list[Record]:
+        """Everything that the log holds about a user."""
         ...
 
     def post(self, records: list[Record]) -> None:
@@ -42,22 +43,23 @@ def telling_events(writer: Writer, clock: Callable[[], float]) -> APIRouter:
     @router.post("/v1/events", response_model=EventsAnswer, openapi_extra=body_of(EventBody, EventsBody))
     async def events(request: Request) -> Response:
         """One event or a batch; a rejected record never blocks the others. Once answered, accepted events survive any crash."""
-        records, rejected = check_events(body := await read_json(request), clock())
+        records, rejected = check_events(body := await read_json(request), now := clock())
         fresh = await writer.write(records) if records else []
         if rejected:
             batch = body["events"] if "events" in body else [body]
-            await writer.reject([{**entry, "record": batch[entry["index"]]} for entry in rejected])
+            await writer.reject([{**entry, "received": now, "record": batch[entry["index"]]} for entry in rejected])
         return JSON({"accepted": sum(fresh), "duplicates": len(fresh) - sum(fresh), "rejected": rejected})
 
     return router
 
 
-def telling_items(recommender: Recommender, writer: Writer) -> APIRouter:
+def telling_items(recommender: Recommender, writer: Writer, clock: Callable[[], float]) -> APIRouter:
     """Routes of the items."""
     router = APIRouter()
 
     async def write(items: list[tuple[str, dict]], *, replace: bool) -> None:
-        await writer.write([{"kind": "item", "item_id": id_, "attributes": values, "replace": replace} for id_, values in items])
+        common = {"replace": replace, "received": clock()}
+        await writer.write([{"kind": "item", "item_id": id_, "attributes": values, **common} for id_, values in items])
 
     def is_known(item_id: str) -> bool:
         recommender.sync_items()
@@ -89,7 +91,7 @@ def telling_items(recommender: Recommender, writer: Writer) -> APIRouter:
     @router.delete("/v1/items/{item_id}")
     async def delete_item(item_id: str) -> Response:
         """Never recommend this item again; a later PUT brings it back."""
-        await writer.write([{"kind": "item_delete", "item_id": checked_id(item_id, "item_id")}])
+        await writer.write([{"kind": "item_delete", "item_id": checked_id(item_id, "item_id"), "received": clock()}])
         return JSON({"item_id": item_id, "deleted": True})
 
     @router.post("/v1/items", openapi_extra=body_of(ItemsBody))
@@ -103,14 +105,14 @@ def telling_items(recommender: Recommender, writer: Writer) -> APIRouter:
     return router
 
 
-def telling_users(recommender: Recommender, writer: Writer) -> APIRouter:
+def telling_users(recommender: Recommender, writer: Writer, clock: Callable[[], float]) -> APIRouter:
     """Routes of the users."""
     router = APIRouter()
 
     async def write(user_id: str, request: Request, *, replace: bool) -> Response:
         attributes = check_attributes(await read_json(request), what="user")
         record = {"kind": "user", "user_id": checked_id(user_id, "user_id"), "attributes": attributes, "replace": replace}
-        await writer.write([record])
+        await writer.write([{**record, "received": clock()}])
         return JSON({"user_id": user_id, "accepted": True})
 
     @router.put("/v1/users/{user_id}", openapi_extra=attributes_body())
@@ -123,15 +125,21 @@ def telling_users(recommender: Recommender, writer: Writer) -> APIRouter:
         """Change some attributes; null removes one."""
         return await write(user_id, request, replace=False)
 
-    @router.get("/v1/users/{user_id}")
-    async def get_user(user_id: str) -> Response:
-        """Everything that is held about a user."""
-        return JSON(recommender.held_about(user_id))
+    @router.get("/v1/users/{user_id}", openapi_extra=query_of("log", kind="boolean"))
+    async def get_user(user_id: str, request: Request) -> Response:
+        """Everything that is held about a user; with `log=true` also what the event log holds, which reads all of it."""
+        wanted = read_query(request, "log").get("log", "false")
+        if wanted not in ("true", "false"):
+            raise SchemaError(f"log: expected true or false, got {wanted[:20]!r}")
+        held = recommender.held_about(user_id)
+        return JSON({**held, "log": await writer.held(user_id)} if wanted == "true" else held)
 
     @router.delete("/v1/users/{user_id}")
     async def delete_user(user_id: str) -> Response:
         """Forget a user; the answer is a signed receipt."""
-        return JSON(await writer.erase(checked_id(user_id, "user_id")))
+        record = erase_record(checked_id(user_id, "user_id"), clock())
+        await writer.write([record])
+        return JSON(receipt(record, *recommender.last_version_with(user_id)))
 
     return router
 

@@ -8,7 +8,10 @@ import pytest
 
 from raysys import storage
 from raysys.adapters import import_dataset
+from raysys.cli import main
 from raysys.errors import ConfigError, SchemaError
+from raysys.events.identity import user_key
+from raysys.events.log import open_log
 from raysys.prepare.config import PrepareConfig
 from raysys.prepare.dataset import Prepared
 from raysys.prepare.run import prepare, summary_rows
@@ -270,3 +273,49 @@ def test_progress_and_summary_are_short(tmp_path, capfd):
     assert summary["interactions"] == "100 of 125 read"
     assert summary["left out"] == "25 duplicates"
     assert datetime.fromisoformat(manifest["created"]).tzinfo == UTC
+
+
+def told(n: int) -> dict:
+    at = float(T) + 3600.0 * n
+    return {
+        "kind": "event",
+        "event_id": f"e{n}",
+        "user_id": f"u{n % 7}",
+        "item_id": f"i{n % 11}",
+        "event": "click",
+        "timestamp": at,
+        "received": at,
+    }
+
+
+def put(n: int) -> dict:
+    said = {"title": f"item {n}", "categories": ["x"]}
+    return {"kind": "item", "item_id": f"i{n}", "attributes": said, "replace": True, "received": float(T)}
+
+
+def compacted(events: str, folder, capsys) -> str:
+    text = f"compact --events {events} --out {folder}/lake --delta {folder}/new --max-age 7d --set batch_records=1000"
+    assert main(text.split()) == 0
+    return capsys.readouterr().out
+
+
+def test_a_compacted_log_is_prepared_whole_and_by_the_day(tmp_path, capsys):
+    events = str(tmp_path / "log")
+    log = open_log(events, writable=True)
+    log.append([*(put(n) for n in range(11)), *(told(n) for n in range(100))])
+    assert "events            100" in compacted(events, tmp_path, capsys)
+    prepare(f"{tmp_path}/lake", f"{tmp_path}/by-day", split="leave-one-out", progress=False)
+    log.append([told(n) for n in range(90, 150)])  # ten of them were sent again
+    assert "duplicates        10" in compacted(events, tmp_path, capsys)
+    prepare(f"{tmp_path}/new/batch-00000002", f"{tmp_path}/by-day", append=True, progress=False)
+    prepare(f"{tmp_path}/lake", f"{tmp_path}/whole", split="leave-one-out", progress=False)
+    by_day, whole = Prepared.open(f"{tmp_path}/by-day"), Prepared.open(f"{tmp_path}/whole")
+    assert whole.manifest["counts"]["users"] == 7 and len(whole.sequences().items) == 150
+    assert by_day.manifest["fingerprint"] == whole.manifest["fingerprint"]
+    assert whole.items()["title"].to_pylist()[0].startswith("item ")
+    assert not any(whole.manifest["quarantine"].values())
+
+    log.append([{"kind": "erase", "user_key": user_key("u3").hex(), "at": float(T) + 3600.0 * 1000}])
+    compacted(events, tmp_path, capsys)
+    prepare(f"{tmp_path}/lake", f"{tmp_path}/later", split="leave-one-out", progress=False)
+    assert "u3" not in Prepared.open(f"{tmp_path}/later").users()["user_id"].to_pylist()
