@@ -54,7 +54,7 @@ class Side:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dims", type=int, nargs="*", default=[64, 128], help="of the synthetic vectors; none leaves them out")
     parser.add_argument("--bundle", default=None, help="bundle whose interest vectors and histories are measured as well")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--recall", type=float, default=0.96, help="recall@100 that each side is tuned to")
@@ -177,6 +177,8 @@ def built(name: str, vectors: np.ndarray, tune: np.ndarray, truth: np.ndarray, t
     if name != "hnsw":
         inverted = faiss.extract_index_ivf(index)
         inverted.cp.max_points_per_centroid, inverted.cp.niter = 50, 10
+    if name == "ivf-pq":
+        index.k_factor = 3  # candidates kept for refinement, over k
     index.train(vectors)
     index.add(vectors)
     seconds = time.perf_counter() - started
