@@ -10,7 +10,7 @@ help:
 	@echo "make demo     the whole road on MovieLens-100k (about 4 minutes the first time)"
 	@echo "make test     the test suite"
 	@echo "make check    lint, types, import layers"
-	@echo "make bench    list the benchmarks; make bench NAME=quality runs one"
+	@echo "make bench    list the benchmarks; make bench NAME=quality/run runs one"
 	@echo "make serve    serve what is published in the default registry"
 
 install: $(STAMP)

@@ -166,7 +166,9 @@ class Pipeline:
         shares = np.stack([np.log(self.fusion.weights[name]) + log_probs[name][0, items] for name in names])
         if len(query.items) == 0:
             return [Reason("popularity")] * len(items)
-        because = {"covisit": self.bundle.models["covisit"].contributions(query, items)} if "covisit" in self.bundle.models else {}
+        models = self.bundle.models
+        named = [name for name in ("covisit", "linear") if name in models]
+        because: dict[str, np.ndarray] = {name: models[name].contributions(query, items) for name in named}
         if self.content is not None:
             similar = self.content.item_vectors[query.items] @ self.content.item_vectors[items].T
             because["content"] = np.where(similar.max(axis=0) > 0, query.items[similar.argmax(axis=0)], -1)

@@ -64,6 +64,8 @@ def evaluate(
 
     Returns:
         JSON-ready: final, retrieval, sources {NAME: ...}, baselines, each `{"ndcg@10", "ndcg@10_interval", ...}`; unmasked;
+        left_out {NAME: fused retrieval without that source}; union, the best rank that any source of the mixture gives the target (so its
+        recall@200 is that of the candidates of all of them together, more than 200 items);
         ranker {auc, logloss, ece, label, negatives, ...}; coverage, novelty, popularity_bias; counts and provenance.
 
     Raises:
@@ -110,6 +112,8 @@ def evaluate(
         "sources": sources,
         "baselines": {title: sources[name] for title, name in (("popularity", "popularity"), ("item_knn", "covisit")) if name in sources},
         "final_minus_retrieval": metrics.mean_with_intervals(gain, users, resamples=bootstrap, seed=seed),
+        "left_out": {name.removeprefix("without "): figures(name) for name in ranks if name.startswith("without ")},
+        "union": figures("union"),
         "unmasked": {name.removeprefix("unmasked "): figures(name, 0) for name in ranks if name.startswith("unmasked ")},
         "ranker": stages.ranker_figures(sequences.positive[np.concatenate([positions, shown])]),
         "coverage": metrics.coverage(lists, len(popularity)),
@@ -204,7 +208,8 @@ def summary_rows(result: dict) -> list[tuple[str, str]]:
         low, high = result["final"][f"{names[0]}_interval"]
         rows.append((f"final {names[0]}", f"95% interval {low:.4f} to {high:.4f} over {result['users']:,} users"))
     deepest = max(result["k"])
-    rows.append((f"candidate recall@{deepest}", f"{result['retrieval'][f'recall@{deepest}']:.4f}"))
+    recalls = (result["retrieval"][f"recall@{deepest}"], result["union"][f"recall@{deepest}"])
+    rows.append((f"candidate recall@{deepest}", f"{recalls[0]:.4f}; by any source, {recalls[1]:.4f}"))
     ranker = result["ranker"]
     if ranker["auc"] is not None:
         text = (

@@ -19,7 +19,8 @@ class Stages:
     """Ranks of the targets at each stage, gathered batch by batch.
 
     Attributes:
-        ranks: stage -> list of (B,) ranks; stages are "final", "retrieval", the sources, and "unmasked NAME" of each.
+        ranks: stage -> list of (B,) ranks; stages are "final", "retrieval", the sources, and "unmasked NAME" of each; masked as the
+            first are, also "without NAME", fused retrieval without that source, and "union", the best rank by any source of the mixture.
         lists: (B, K) final lists of each batch.
         repeated: targets that the user had seen before.
         empty: queries without any history.
@@ -27,10 +28,11 @@ class Stages:
 
     def __init__(self, pipeline: Pipeline, *, mask: bool, list_k: int, seed: int):
         self.pipeline, self.mask, self.list_k = pipeline, mask, list_k
-        self.rng = np.random.default_rng(seed)
+        self.rng, self.rng_without = np.random.default_rng(seed), np.random.default_rng([seed, 1])
         # Sources that fusion switched off are measured too: the table says why they were.
         self.unused = {name: model for name, model in pipeline.bundle.models.items() if name != "ranker" and name not in pipeline.sources}
         self.source_names = [*pipeline.sources, *self.unused]
+        self.mixed = [name for name in pipeline.sources if pipeline.fusion.weights[name] > 0]
         self.ranks: dict[str, list[np.ndarray]] = defaultdict(list)
         self.lists: list[np.ndarray] = []
         self.repeated = self.empty = 0
@@ -64,10 +66,21 @@ class Stages:
             self.ranks[prefix + "retrieval"].append(metrics.list_ranks(retrieved.candidates.items, targets))
             self.ranks[prefix + "final"].append(metrics.list_ranks(final, targets))
             if not prefix:
+                self._add_mixture(log_probs, queries.lengths == 0, targets, allowed)
                 self.lists.append(final)
                 items = retrieved.candidates.items
                 self._candidates.append((probabilities[items >= 0], (items == targets[:, None])[items >= 0]))
                 self._logged.append(self._probabilities_of(queries, targets, log_probs))
+
+    def _add_mixture(self, log_probs: dict[str, np.ndarray], empty: np.ndarray, targets: np.ndarray, allowed: np.ndarray | None) -> None:
+        """What each source in the mixture adds: fused retrieval without it, and the best rank that any of them gives."""
+        best = np.stack([self.ranks[name][-1] for name in self.mixed])
+        best = np.where(best > 0, best, np.iinfo(np.int64).max).min(axis=0)
+        self.ranks["union"].append(np.where(best < np.iinfo(np.int64).max, best, 0))
+        for name in self.mixed if len(self.mixed) > 1 else ():
+            rest = {other: values for other, values in log_probs.items() if other in self.mixed and other != name}
+            fused = self.pipeline.fusion.fuse(rest, empty=empty)
+            self.ranks[f"without {name}"].append(metrics.target_ranks(fused, targets, allowed, self.rng_without))
 
     def add_shown(self, queries: Queries, items: np.ndarray) -> None:
         """Events that say only that an item was shown (or skipped): examples for the ranker; call after all `add`.

@@ -5,13 +5,14 @@ the tied item vectors. Knows nothing about training (`train/encoder.py`).
 
 Legend: B sequences, T positions, N items, D dimension, H heads.
 Source: Kang & McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018; pre-norm blocks and full softmax as in
-Klenitskiy & Vasilev, "Turning Dross Into Gold Loss", RecSys 2023.
+Klenitskiy & Vasilev, "Turning Dross Into Gold Loss", RecSys 2023; gated residuals as in Borisyuk et al., "From Features to
+Transformers: Redefining Ranking for Scalable Impact" (LiGR), 2025; rotary positions as in Su et al., "RoFormer", 2021.
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from raysys.models.base import Arrays, Meta
 from raysys.queries import Queries
 
 NO_EVIDENCE = -1e9
-"""Score of an item without a training interaction: its vector is still random."""
+"""Score of an item without a training interaction, whose vector is still random, and of what was never learnt to be told apart."""
 INIT_STD = 0.02
 INIT_BLOCK = 8192
 """Rows of the item table that are drawn from one random generator."""
@@ -44,8 +45,15 @@ class InterestConfig:
     """On embeddings, and on what attention and feed-forward add to the residual stream."""
     ffn_multiplier: int = 1
     """Hidden width of the feed-forward layer, in units of `dim`."""
+    gated: bool = False
+    """What attention and feed-forward add passes a sigmoid gate of the stream that it is added to."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """A vector for each place from the start of the window, or queries and keys turned by their place, so that only distances count."""
     temperature: float = 0.07
     """Logits are cosines of state and item vector divided by this, so that frequent items cannot win by length; 0 for dot products."""
+    exclude_seen: bool = False
+    """Learn and tell apart only items that the history does not hold, which is what answers are made of: states need not turn away from
+    what the user likes. Items of the history get no evidence, so keep it off where answers may repeat them."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -57,10 +65,12 @@ class InterestConfig:
             raise ValueError(f"expected temperature >= 0, got {self.temperature}")
         if self.dim % self.num_heads:
             raise ValueError(f"expected num_heads to divide dim, got dim={self.dim}, num_heads={self.num_heads}")
+        if self.positions == "rotary" and self.dim // self.num_heads % 2:
+            raise ValueError(f"expected an even width of heads for rotary positions, got dim={self.dim}, num_heads={self.num_heads}")
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward with residuals."""
+    """Pre-norm attention and feed-forward with residuals, gated if configured."""
 
     def __init__(self, config: InterestConfig):
         super().__init__()
@@ -71,18 +81,53 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.dim)
         self.ffn_in = nn.Linear(config.dim, config.ffn_multiplier * config.dim)
         self.ffn_out = nn.Linear(config.ffn_multiplier * config.dim, config.dim)
+        self.attention_gate = nn.Linear(config.dim, config.dim) if config.gated else None
+        self.ffn_gate = nn.Linear(config.dim, config.dim) if config.gated else None
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, x_BTD: Tensor, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            x_BTD: the residual stream.
+            turns: cosines and sines of `turns_of`, (T, D / H / 2) each, where positions are rotary.
+        """
         B, T, D = x_BTD.shape
         qkv = self.qkv(self.attention_norm(x_BTD)).view(B, T, 3, self.num_heads, D // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        if turns is not None:
+            query, key = turned(query, *turns), turned(key, *turns)
         # Sequences are left-aligned, so the causal mask alone keeps real positions from seeing padding.
         # No dropout inside: on CPU it would leave the fast attention kernel.
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x_BTD = x_BTD + self.dropout(self.project(attended.transpose(1, 2).reshape(B, T, D)))
-        return x_BTD + self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x_BTD)))))
+        x_BTD = _added(x_BTD, self.dropout(self.project(attended.transpose(1, 2).reshape(B, T, D))), self.attention_gate)
+        return _added(x_BTD, self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x_BTD))))), self.ffn_gate)
+
+
+def _added(stream: Tensor, addend: Tensor, gate: nn.Linear | None) -> Tensor:
+    return stream + (addend if gate is None else torch.sigmoid(gate(stream)) * addend)
+
+
+def turns_of(length: int, width: int, longest: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles by which rotary positions turn pairs of coordinates.
+
+    Wavelengths run from 2 pi to 2 pi times the longest history: a longer one could not be told from a constant.
+
+    Args:
+        length: T. width: D / H of a head. longest: positions of the longest window.
+
+    Returns:
+        Two (T, D / H / 2) float32.
+    """
+    frequencies = float(longest) ** (-torch.arange(0, width, 2) / width)
+    angles = torch.arange(length)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def turned(x_BHTd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, H, T, D / H) queries or keys, turned; products of two of them then depend on the distance of their places."""
+    first, second = x_BHTd.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BHTd.dtype)
 
 
 class InterestEncoder(nn.Module):
@@ -102,7 +147,8 @@ class InterestEncoder(nn.Module):
         self.num_items, self.num_event_types, self.config = num_items, num_event_types, config
         rows_seed = int(torch.randint(2**31, ()).item())
         self.items = table(rows_seed) if table is not None else whole_table(num_items, config.dim, rows_seed)
-        self.positions = nn.Embedding(config.max_length, config.dim)
+        is_learned = config.positions == "learned"
+        self.positions = nn.Embedding(config.max_length, config.dim) if is_learned else None
         self.events = nn.Embedding(num_event_types, config.dim) if num_event_types > 2 else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
@@ -123,12 +169,17 @@ class InterestEncoder(nn.Module):
         Returns:
             (B, T, D) float32.
         """
-        x_BTD = self.items(items_BT) * self.config.dim**0.5 + self.positions.weight[: items_BT.shape[1]]
+        x_BTD, turns = self.items(items_BT) * self.config.dim**0.5, None
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions.weight[: items_BT.shape[1]]
+        else:
+            cos, sin = turns_of(items_BT.shape[1], self.config.dim // self.config.num_heads, self.config.max_length)
+            turns = cos.to(x_BTD.device), sin.to(x_BTD.device)
         if self.events is not None:
             x_BTD = x_BTD + self.events(events_BT)
         x_BTD = self.dropout(x_BTD)
         for block in self.blocks:
-            x_BTD = block(x_BTD)
+            x_BTD = block(x_BTD, turns)
         x_BTD = self.norm(x_BTD)
         return F.normalize(x_BTD, dim=-1) / self.config.temperature if self.config.temperature else x_BTD
 
@@ -204,9 +255,11 @@ class InterestRetriever:
         return user_states(self.encoder, queries).numpy()
 
     def scores(self, queries: Queries) -> np.ndarray:
-        """(B, N) float32 logits; all zero for an empty history, NO_EVIDENCE for items never interacted with."""
+        """(B, N) float32 logits; zero for an empty history, NO_EVIDENCE for items never interacted with and for seen ones if excluded."""
         scores = self.user_vectors(queries) @ self.item_vectors.T
         scores[:, ~self.warm] = NO_EVIDENCE
+        if self.encoder.config.exclude_seen:
+            scores[queries.rows, queries.items] = NO_EVIDENCE
         scores[queries.lengths == 0] = 0.0
         return scores
 

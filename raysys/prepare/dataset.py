@@ -66,6 +66,13 @@ class Sequences:
         """(E,) int64 the row (not user_idx) each event belongs to."""
         return np.repeat(np.arange(len(self)), np.diff(self.indptr))
 
+    @property
+    def repeats(self) -> float:
+        """Share of events whose user had the item before."""
+        known = self.items != UNKNOWN_ITEM
+        pairs = self.rows[known] * (int(self.items.max(initial=0)) + 1) + self.items[known]
+        return 1.0 - len(np.unique(pairs)) / len(pairs) if len(pairs) else 0.0
+
     def where(self, keep: np.ndarray) -> "Sequences":
         """The events selected by an (E,) bool mask; users stay, also when left without events."""
         counts = np.bincount(self.rows[keep], minlength=len(self))

@@ -35,13 +35,19 @@ SOURCE_SHARE = 0.1
 """A source is named for an item when at least this share of the item's fused probability is its."""
 REASON_TEXT = {
     "covisit": "people who chose {title} chose this next",
+    "linear": "goes with {title}",
     "interest": "fits what you have been choosing, {title} above all",
     "dot_product": "fits what you have been choosing",
     "content": "similar to {title}",
     "popularity": "popular now",
     "new": "new, and similar to what you like",
 }
-REASON_TEXT_WITHOUT_ITEM = {"interest": "fits what you have been choosing", "covisit": "often chosen next", "content": "fits your taste"}
+REASON_TEXT_WITHOUT_ITEM = {
+    "interest": "fits what you have been choosing",
+    "covisit": "often chosen next",
+    "linear": "goes with what you chose",
+    "content": "fits your taste",
+}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from raysys.models.content import ContentConfig
 from raysys.models.covisit import CovisitConfig
 from raysys.models.dot_product import DotProductConfig
 from raysys.models.interest import InterestConfig
+from raysys.models.linear import LinearConfig
 from raysys.models.popularity import PopularityConfig
 from raysys.models.ranker import RankerConfig
 from raysys.train.encoder import EncoderTrainConfig
@@ -70,13 +71,14 @@ class TrainConfig:
     interest: InterestConfig = field(default_factory=InterestConfig)
     encoder: EncoderTrainConfig = field(default_factory=EncoderTrainConfig)
     covisit: CovisitConfig = field(default_factory=CovisitConfig)
+    linear: LinearConfig = field(default_factory=LinearConfig)
     popularity: PopularityConfig = field(default_factory=PopularityConfig)
     content: ContentConfig = field(default_factory=ContentConfig)
     dot_product: DotProductConfig = field(default_factory=DotProductConfig)
     ranker: RankerConfig = field(default_factory=RankerConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    sources: list[str] = field(default_factory=lambda: ["interest", "covisit", "content", "popularity", "dot_product"])
+    sources: list[str] = field(default_factory=lambda: ["interest", "covisit", "linear", "content", "popularity", "dot_product"])
     """Retrieval sources to train; fusion gives each its weight on validation, 0 where it does not earn its place."""
     refit_epochs: int = 8
     """Epochs on the whole training part, starting from the model that was fitted without each user's last position."""
@@ -92,6 +94,11 @@ class TrainConfig:
     """Seed of everything random; `--seed` wins."""
 
     def __post_init__(self) -> None:
+        if self.interest.exclude_seen and (self.encoder.loss != "softmax" or self.scaling.shard_items):
+            raise ValueError(
+                "interest.exclude_seen is learnt by the full softmax over a whole table: expected encoder.loss softmax and "
+                f"scaling.shard_items false, got {self.encoder.loss} and {str(self.scaling.shard_items).lower()}"
+            )
         if self.encoder.table_optimizer != "adamw" and self.scaling.workers > 1 and not self.scaling.shard_items:
             raise ValueError(
                 f"encoder.table_optimizer {self.encoder.table_optimizer!r} works on the rows that a worker owns; "
@@ -121,17 +128,22 @@ LARGE_CATALOGUE = 30_000
 """Items from which the softmax is sampled."""
 
 
-def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np.ndarray, num_items: int) -> TrainConfig:
+RARE_REPEATS = 0.01
+"""Share of training events on items that the user had before, from which the encoder has to learn about seen items too."""
+
+
+def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np.ndarray, num_items: int, repeats: float) -> TrainConfig:
     """Fill what nobody set from statistics of the data.
 
     Short histories over many items overfit at once and want strong dropout;
-    long ones want context and less of it.
+    long ones want context, depth and less of it.
 
     Args:
         settings: as configured.
         given: dotted names that were set; they stay.
         lengths: (U,) training events a user.
         num_items: catalogue size.
+        repeats: share of training events on an item that the user had before.
     """
     lengths = lengths[lengths > 0]
     mean, long = float(lengths.mean()) if len(lengths) else 0.0, float(np.quantile(lengths, 0.9)) if len(lengths) else 0.0
@@ -139,18 +151,26 @@ def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np
     context = int(np.clip(2 ** np.ceil(np.log2(max(long, 1))), 16, 200))
     windows = max(1.0, float(np.ceil(lengths / context).sum()))
     few = dense and lengths.sum() < SMALL_DATA
+    loss = settings.encoder.loss if "encoder.loss" in given else "sampled" if num_items > LARGE_CATALOGUE else "softmax"
+    only_new = dense and repeats < RARE_REPEATS and loss == "softmax" and not settings.scaling.shard_items
     wanted: dict[str, dict[str, Any]] = {
-        "interest": {"dropout": 0.3 if few else 0.2 if dense else 0.5, "max_length": context},
+        "interest": {
+            "dropout": 0.3 if few else 0.2 if dense else 0.5,
+            "max_length": context,
+            "num_layers": 4 if dense and not few else 2,
+            "gated": True,  # both helped on every data set tried; `InterestConfig` alone is the plain SASRec that benchmarks compare
+            "positions": "rotary",
+            "exclude_seen": only_new,
+        },
         "encoder": {
             "batch_size": int(np.clip(2 ** np.round(np.log2(windows / 90)), 16, 256)),  # about 90 steps an epoch
             "weight_decay": 0.1 if dense else 0.5,
-            "loss": "sampled" if num_items > LARGE_CATALOGUE else "softmax",
+            "loss": loss,
         },
     }
-    for part, values in wanted.items():
-        free = {name: value for name, value in values.items() if f"{part}.{name}" not in given}
-        settings = dataclasses.replace(settings, **{part: dataclasses.replace(getattr(settings, part), **free)})
-    return settings
+    free = {part: {name: value for name, value in values.items() if f"{part}.{name}" not in given} for part, values in wanted.items()}
+    # All at once: what one part wants may be impossible beside what the other still has.
+    return dataclasses.replace(settings, **{part: dataclasses.replace(getattr(settings, part), **values) for part, values in free.items()})
 
 
 def demo_config() -> tuple[TrainConfig, frozenset[str]]:

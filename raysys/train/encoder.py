@@ -132,7 +132,8 @@ class _Trainee(nn.Module):
         dtype = fast_dtype(device) if self.precision == "auto" else getattr(torch, self.precision)
         if not isinstance(encoder.items, ShardedTable):
             if negatives is None:
-                return full_softmax_loss(states, encoder.item_vectors(), targets, dtype=dtype)
+                seen = seen_before(items, real) if encoder.config.exclude_seen else None
+                return full_softmax_loss(states, encoder.item_vectors(), targets, seen=seen, dtype=dtype)
             log_expected = math.log(len(negatives) / encoder.num_items)
             positive, negative = encoder.item_vectors(targets), encoder.item_vectors(negatives)
             return sampled_softmax_loss(states, positive, negative, targets, negatives, log_expected, dtype=dtype)
@@ -155,6 +156,26 @@ class _Trainee(nn.Module):
         if self.precision == "auto":
             return device.type == "cuda" and fast_dtype(device) == torch.bfloat16
         return self.precision == "bfloat16"
+
+
+def seen_before(items_BT: Tensor, real_BT: Tensor) -> Callable[[slice], Tensor]:
+    """The histories of the positions that are trained on, made block by block.
+
+    Args:
+        items_BT: (B, T) int64 inputs, left-aligned.
+        real_BT: (B, T) bool, the P positions, in this order.
+
+    Returns:
+        Slice of p positions -> (p, T) int64 the inputs up to each; later ones are replaced by the first.
+    """
+    rows_P, places_P = real_BT.nonzero(as_tuple=True)
+    columns_T = torch.arange(items_BT.shape[1], device=items_BT.device)
+
+    def history(positions: slice) -> Tensor:
+        inputs = items_BT[rows_P[positions]]
+        return torch.where(columns_T <= places_P[positions, None], inputs, inputs[:, :1])
+
+    return history
 
 
 class EncoderTraining:

@@ -62,6 +62,12 @@ class Evidence:
         return np.diff(self._whole.train.indptr) if self.survey is None else self.survey.lengths
 
     @property
+    def statistics(self) -> tuple[np.ndarray, int, float]:
+        """What defaults follow from: `lengths`, items, share of training events whose user had the item before."""
+        repeats = self._whole.train.repeats if self.survey is None else self.survey.repeats
+        return self.lengths, self.prepared.num_items, repeats
+
+    @property
     def item_counts(self) -> np.ndarray:
         """(N,) int64 events of each item in `Parts.fit`."""
         return self._tally[0]

@@ -1,7 +1,9 @@
 """Next-item losses over a catalogue, for states that are dense and targets that are rows.
 
-Legend: P positions, N items, D dimension, S sampled negatives.
+Legend: P positions, N items, D dimension, S sampled negatives, T history.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,14 +20,21 @@ class _FullSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states_PD: Tensor, vectors_ND: Tensor, targets_P: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx, states_PD: Tensor, vectors_ND: Tensor, targets_P: Tensor, seen: Callable | None, chunk: int, dtype: torch.dtype
+    ) -> Tensor:
         vectors, states = vectors_ND.to(dtype), states_PD.to(dtype)
         grad_states, grad_vectors = torch.empty_like(states_PD), torch.zeros_like(vectors_ND)
         need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = states_PD.new_zeros(())
         for start in range(0, len(states_PD), chunk):
             rows = slice(start, start + chunk)
-            probabilities = torch.softmax(states[rows] @ vectors.T, dim=1)
+            logits = states[rows] @ vectors.T
+            if seen is not None:
+                wanted = targets_P[rows, None]
+                kept = logits.gather(1, wanted)
+                logits.scatter_(1, seen(rows), float("-inf")).scatter_(1, wanted, kept)
+            probabilities = torch.softmax(logits, dim=1)
             picked = probabilities.gather(1, targets_P[rows, None]).float()
             total -= picked.clamp_min(torch.finfo(torch.float32).tiny).log().sum()
             if need_grad:
@@ -38,14 +47,20 @@ class _FullSoftmax(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         (grad_output,) = grad_outputs
         grad_states, grad_vectors = ctx.saved_tensors
-        return grad_states * grad_output, grad_vectors * grad_output, None, None, None
+        return grad_states * grad_output, grad_vectors * grad_output, None, None, None, None
 
 
 def full_softmax_loss(
-    states_PD: Tensor, vectors_ND: Tensor, targets_P: Tensor, *, chunk: int | None = None, dtype: torch.dtype = torch.float32
+    states_PD: Tensor,
+    vectors_ND: Tensor,
+    targets_P: Tensor,
+    *,
+    seen: Callable[[slice], Tensor] | None = None,
+    chunk: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Summed cross-entropy over the whole catalogue, in nats.
 
@@ -53,11 +68,12 @@ def full_softmax_loss(
         states_PD: (P, D) float32.
         vectors_ND: (N, D) float32.
         targets_P: (P,) int64 rows of the next items.
+        seen: positions p -> (p, T) int64 rows that are left out of their softmax, unless they are the target; repeats are fine.
         chunk: positions a block, memory is `chunk * N` numbers; None for `chunk_of`.
         dtype: of logits and probabilities; sums and results stay float32. bfloat16 is
             4 times as fast on a CPU that has it and puts .2% of noise on the gradient.
     """
-    return _FullSoftmax.apply(states_PD, vectors_ND, targets_P, chunk or chunk_of(len(vectors_ND), states_PD.device), dtype)
+    return _FullSoftmax.apply(states_PD, vectors_ND, targets_P, seen, chunk or chunk_of(len(vectors_ND), states_PD.device), dtype)
 
 
 def chunk_of(columns: int, device: torch.device) -> int:

@@ -74,7 +74,7 @@ def train(
     if counts["train"] < 2:
         raise SchemaError(f"{prepared_uri}: expected at least two training events, found {counts['train']}; prepare more data")
     survey = survey_if_streamed(prepared, settings.scaling)
-    settings = with_data_defaults(settings, given, Evidence(prepared, settings, survey).lengths, prepared.num_items)
+    settings = with_data_defaults(settings, given, *Evidence(prepared, settings, survey).statistics)
     workers, cpus = _resources(settings)
     work = storage.beside(out, ".work")
     name = _run_name(prepared, settings, fit)

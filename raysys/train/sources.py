@@ -1,7 +1,7 @@
 """The retrieval sources of a bundle, fitted on a part of the data, and joined to a pipeline. Runs in one process, without Ray.
 
-Co-visitation and popularity count, so they are fitted piece by piece; the dot
-product learns from a sample of the users. What they hold grows with the
+Co-visitation, the linear model and popularity count, so they are fitted piece by piece;
+the dot product learns from a sample of the users. What they hold grows with the
 catalogue, not with the events.
 """
 
@@ -17,6 +17,7 @@ from raysys.models.covisit import Covisitation
 from raysys.models.dot_product import DotProduct
 from raysys.models.fusion import Fusion
 from raysys.models.interest import InterestEncoder, InterestRetriever
+from raysys.models.linear import Linear
 from raysys.models.popularity import Popularity
 from raysys.pipeline import Pipeline
 from raysys.prepare.dataset import Prepared
@@ -59,6 +60,8 @@ class Sources:
             models["interest"] = InterestRetriever.from_encoder(encoder, counts)
         if "covisit" in wanted:
             models["covisit"] = covisit
+        if "linear" in wanted and num_items <= settings.linear.max_items:
+            models["linear"] = Linear.fit(evidence.of(stage), num_items, settings.linear, event_weights=self.event_weights)
         if "content" in wanted and (vectors := self._text_vectors) is not None:
             models["content"] = ContentNeighbours.fit(vectors, settings.content)
         # Popularity is always there: it answers where nothing else can.

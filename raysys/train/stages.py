@@ -75,6 +75,8 @@ class Stages:
         worker = self.worker
         budget = worker.share(0.6)
         worker.say(f"encoder: fitting on {self.prepared.manifest['counts']['train']:,} training events, {worker.num_items:,} items")
+        if "linear" in self.settings.sources and worker.num_items > self.settings.linear.max_items:
+            worker.say(f"linear: left out, more than linear.max_items ({self.settings.linear.max_items:,}) items")
         result = self.encoder.train("fit", deadline=budget, validate=validation(self.evidence, worker.parallel))
         worker.say(f"encoder: best ndcg@10 on validation {result.best_validation or 0:.4f} in epoch {result.best_epoch}")
         self.state.update({"stage": "rank", "fit_report": _report(result)})

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from raysys import storage
 from raysys.prepare.dataset import SEQUENCES, Prepared, Sequences, to_sequences
-from raysys.schema import SPLIT_TRAIN, UNKNOWN_ITEM
+from raysys.schema import UNKNOWN_ITEM
 from raysys.train.batches import num_windows
 from raysys.train.config import ScalingConfig, TrainConfig
 from raysys.train.parts import held_counts, held_out
@@ -35,24 +35,28 @@ class Survey:
     Attributes:
         fragments: all of them, in the order of files.
         train: (L+1,) users by number of training events. upto_valid: the same with the validation part.
+        repeats: share of training events whose user had the item before.
     """
 
     fragments: list[Fragment]
     train: np.ndarray
     upto_valid: np.ndarray
+    repeats: float
 
     @classmethod
     def of(cls, prepared: Prepared) -> "Survey":
         """Read all sequences once, a fragment at a time."""
         fragments = list_fragments(prepared)
         train, both = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        repeated, events = 0.0, 0
         for fragment in fragments:
             sequences = read_fragments(prepared.uri, [fragment])
-            known = sequences.items != UNKNOWN_ITEM
-            train = _added(train, np.diff(sequences.where(known & (sequences.split == SPLIT_TRAIN)).indptr))
+            learnt = sequences.train()
+            train = _added(train, np.diff(learnt.indptr))
+            repeated, events = repeated + learnt.repeats * len(learnt.items), events + len(learnt.items)
             upto = sequences.upto("valid")
             both = _added(both, np.diff(upto.where(upto.items != UNKNOWN_ITEM).indptr))
-        return cls(fragments, train, both)
+        return cls(fragments, train, both, repeated / max(1, events))
 
     @property
     def lengths(self) -> np.ndarray:

@@ -72,7 +72,7 @@ def tune(
     prepared = Prepared.open(prepared_uri)
     settings = config.from_dict(TrainConfig, values)
     survey = survey_if_streamed(prepared, settings.scaling)
-    base = with_data_defaults(settings, given, Evidence(prepared, settings, survey).lengths, prepared.num_items)
+    base = with_data_defaults(settings, given, *Evidence(prepared, settings, survey).statistics)
     first = {name: value_of(base, name) for name in search}
     if sweep.scheduler == "pbt":
         check_mutable(search)

@@ -23,7 +23,7 @@ SEARCHED = ("interest.", "encoder.")
 """Only these change what a trial measures."""
 FIXED = {"encoder.epochs": "it is the length of a trial, and the scheduler decides who gets all of it"}
 MAX_GRID = 10_000
-SHAPES = ("interest.dim", "interest.num_layers", "interest.num_heads", "interest.max_length", "interest.ffn_multiplier")
+SHAPES = tuple(f"interest.{name}" for name in ("dim", "num_layers", "num_heads", "max_length", "ffn_multiplier", "gated", "positions"))
 """They change the shape of the weights, so a trial cannot change them on its way."""
 
 

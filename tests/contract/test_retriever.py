@@ -10,6 +10,7 @@ from raysys.models.content import ContentNeighbours
 from raysys.models.covisit import Covisitation
 from raysys.models.dot_product import DotProduct, DotProductConfig
 from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetriever
+from raysys.models.linear import Linear
 from raysys.models.popularity import Popularity
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
@@ -49,6 +50,7 @@ def _content() -> ContentNeighbours:
 
 BUILDERS = {
     "covisit": lambda: Covisitation.fit(histories(), NUM_ITEMS, event_weights=[1.0, 2.0, 0.5]),
+    "linear": lambda: Linear.fit([histories()], NUM_ITEMS, event_weights=[1.0, 2.0, 0.5]),
     "popularity": lambda: Popularity.fit(histories(), NUM_ITEMS, event_weights=[1.0, 2.0, 0.5]),
     "content": _content,
     "dot_product": lambda: DotProduct.fit(histories(), NUM_ITEMS, DotProductConfig(dim=4, steps=5, batch_size=16), seed=3),

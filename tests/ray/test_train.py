@@ -102,7 +102,7 @@ def undisturbed(cluster, prepared, tmp_path_factory):
 def test_the_planted_truth_is_learnt(undisturbed, prepared):
     out, manifest, _ = undisturbed
     bundle = Bundle.open(str(out))
-    assert sorted(bundle.models) == ["content", "covisit", "dot_product", "interest", "popularity", "ranker"]
+    assert sorted(bundle.models) == ["content", "covisit", "dot_product", "interest", "linear", "popularity", "ranker"]
     assert manifest["fit"] == "train" and manifest["data"]["fingerprint"] == "planted-leave-one-out"
     assert manifest["leakage"] == {
         "retrieval_for_ranker": "fit: training part minus each user's last positions",

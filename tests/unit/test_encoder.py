@@ -14,7 +14,7 @@ from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetr
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
 from raysys.train.batches import InMemory, cut_pool, num_windows, windows
-from raysys.train.encoder import EncoderTrainConfig, EncoderTraining, TrainState, train_encoder
+from raysys.train.encoder import EncoderTrainConfig, EncoderTraining, TrainState, seen_before, train_encoder
 
 N = 20
 SHAPE = InterestConfig(dim=16, num_layers=1, num_heads=1, max_length=6, dropout=0.1, ffn_multiplier=1, temperature=0.0)
@@ -69,6 +69,15 @@ def test_windows_hold_every_next_item_once(lengths, max_length, seed):
         assert len(start) == num_windows(np.array(lengths), max_length)
 
 
+def test_what_a_position_has_seen_by_hand():
+    """Two windows of three and of two inputs; the first has no target at its last one. Later inputs are replaced by the first."""
+    items = torch.tensor([[4, 5, 6], [7, 8, N]])
+    real = torch.tensor([[True, True, False], [True, True, False]])
+    seen = seen_before(items, real)
+    assert seen(slice(0, 4)).tolist() == [[4, 4, 4], [4, 5, 4], [7, 7, 7], [7, 8, 7]]
+    assert seen(slice(1, 2)).tolist() == [[4, 5, 4]]
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_targets_are_the_next_items_and_ranks_share_every_batch(accumulate):
     def epoch(rank, world_size):
@@ -95,8 +104,9 @@ def test_targets_are_the_next_items_and_ranks_share_every_batch(accumulate):
         (TRAINING, SHAPE),
         (dataclasses.replace(TRAINING, loss="sampled", num_negatives=64), SHAPE),
         (dataclasses.replace(TRAINING, ema=0.9), dataclasses.replace(SHAPE, temperature=0.1)),
+        (TRAINING, dataclasses.replace(SHAPE, gated=True, positions="rotary", exclude_seen=True)),
     ],
-    ids=["softmax", "sampled", "average-and-cosine"],
+    ids=["softmax", "sampled", "average-and-cosine", "unseen-gated-rotary"],
 )
 def test_learns_which_item_follows(training, shape):
     encoder, result = _train(training, shape=shape)

@@ -9,6 +9,7 @@ from raysys.bundle import Bundle, Histories
 from raysys.errors import ConfigError, SchemaError
 from raysys.evaluate.run import evaluate, summary_rows
 from raysys.evaluate.stages import Stages
+from raysys.models.fusion import Fusion
 from raysys.models.popularity import Popularity, PopularityConfig
 from raysys.online.feed import flat_sequences
 from raysys.pipeline import Pipeline, seen_mask
@@ -213,6 +214,31 @@ def test_sources_that_fusion_does_not_use_are_measured_too():
     stages.add(Queries.from_lists([[0]]), np.array([1]))
     assert stages.source_names == ["popularity", "dot_product"]
     assert stages.ranks["dot_product"][0].tolist() == [1]
+
+
+class GivenScores:
+    """A retrieval source that says the same to everybody."""
+
+    name = "dot_product"
+
+    def __init__(self, scores):
+        self.given = np.array(scores, np.float32)
+
+    def scores(self, queries):
+        return np.tile(self.given, (len(queries), 1))
+
+
+def test_what_each_source_adds_by_hand():
+    """Popularity puts item 5 last of the five that are left, the other source puts it first."""
+    bundle = popularity_bundle()
+    bundle.models["dot_product"] = GivenScores([0, 1, 2, 3, 4, 5])
+    even = {"popularity": 1.0, "dot_product": 1.0}
+    bundle.fusion["mixture"] = Fusion.of(even, even).to_dict()
+    stages = Stages(Pipeline(bundle), mask=True, list_k=10, seed=0)
+    stages.add(Queries.from_lists([[0]]), np.array([5]))
+    assert stages.ranks["without dot_product"][0].tolist() == [5]
+    assert stages.ranks["without popularity"][0].tolist() == [1]
+    assert stages.ranks["union"][0].tolist() == [1]
 
 
 def test_the_closing_table_names_stages_and_figures(prepared, model):

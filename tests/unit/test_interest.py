@@ -12,6 +12,7 @@ N = 30
 SHAPES = [
     InterestConfig(dim=16, max_length=8, temperature=0.0),
     InterestConfig(dim=16, max_length=8, num_layers=1, num_heads=1, temperature=0.1),
+    InterestConfig(dim=16, max_length=8, temperature=0.1, gated=True, positions="rotary", exclude_seen=True),
 ]
 
 
@@ -71,6 +72,15 @@ def test_empty_history_has_no_opinion_and_cold_items_come_last():
     assert (filled[:, 2:] > NO_EVIDENCE / 2).all()
 
 
+def test_seen_items_are_left_out_where_they_were_not_learnt():
+    queries = Queries.from_lists([[5, 6], [7] * 20])
+    plain, excluding = (_retriever(config=dataclasses.replace(SHAPES[0], exclude_seen=on)).scores(queries) for on in (False, True))
+    seen = np.zeros((2, N), bool)
+    seen[0, [5, 6]] = seen[1, 7] = True
+    assert (excluding[seen] == np.float32(NO_EVIDENCE)).all()
+    np.testing.assert_array_equal(excluding[~seen], plain[~seen])
+
+
 def test_no_queries_give_no_rows():
     assert _retriever().scores(Queries.from_lists([])).shape == (0, N)
 
@@ -120,7 +130,9 @@ def test_training_noise_is_off_in_a_retriever():
     np.testing.assert_array_equal(retriever.scores(queries), retriever.scores(queries))
 
 
-@pytest.mark.parametrize("wrong", [{"dim": 10, "num_heads": 4}, {"dropout": 1.0}, {"temperature": -1.0}, {"max_length": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"dim": 10, "num_heads": 4}, {"dropout": 1.0}, {"temperature": -1.0}, {"max_length": 0}, {"dim": 6, "positions": "rotary"}]
+)
 def test_impossible_shapes_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
         InterestConfig(**wrong)

@@ -46,6 +46,19 @@ def test_full_softmax_of_no_positions_is_zero():
     assert loss.item() == 0 and grad_states.shape == (0, 8) and not grad_vectors.any()
 
 
+@pytest.mark.parametrize("chunk", [10, 1000])
+def test_items_that_are_left_out_take_no_probability_unless_they_are_the_target(chunk):
+    states, vectors, targets = _problem()
+    seen = torch.randint(0, 50, (37, 6), generator=torch.Generator().manual_seed(3))
+    seen[:5, 0] = targets[:5]
+    left_out = torch.zeros(37, 50, dtype=torch.bool).scatter_(1, seen, True).scatter_(1, targets[:, None], False)
+    expected = F.cross_entropy((states @ vectors.T).masked_fill(left_out, float("-inf")), targets, reduction="sum")
+    loss = full_softmax_loss(states, vectors, targets, seen=lambda rows: seen[rows], chunk=chunk)
+    torch.testing.assert_close(loss, expected)
+    for found, wanted in zip(_gradients(loss, states, vectors), _gradients(expected, states, vectors)):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_hopeless_target_gives_a_finite_loss():
     states, vectors = torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]])
     assert math.isfinite(full_softmax_loss(states, vectors, torch.tensor([1])).item())
