@@ -135,7 +135,7 @@ def read_bytes(uri: str) -> bytes:
         return stream.read()
 
 
-def write_bytes(uri: str, content: bytes | pa.Buffer) -> None:
+def write_bytes(uri: str, content: bytes | memoryview | pa.Buffer) -> None:
     """Write a file atomically: a reader sees the old content or the new one."""
     filesystem, path = resolve(uri)
     if not isinstance(filesystem, pafs.LocalFileSystem):

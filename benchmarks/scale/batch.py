@@ -27,7 +27,7 @@ from raysys import cluster, storage
 from raysys.batch.config import BatchConfig
 from raysys.batch.run import run_batch
 from raysys.bundle import HISTORY_SCHEMA, Bundle, Histories
-from raysys.index import exact_top_k
+from raysys.index.exact import exact_top_k
 from raysys.models.fusion import Fusion
 from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetriever
 

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from raysys import index
 from raysys.bundle import Bundle
 from raysys.errors import BundleIncompatible
+from raysys.index import exact
 from raysys.models.base import top_k
 from raysys.models.interest import InterestRetriever
 from raysys.pipeline import Pipeline, available_mask, seen_mask
@@ -85,11 +85,11 @@ class Stage:
         vectors, seen = self._user_vectors(queries), (queries.indptr, queries.items)
         allowed = self.available & self.encoder.warm
         if self.device_items is None:
-            rows, scores = index.exact_top_k(vectors, self.encoder.item_vectors, self.k, seen=seen, allowed=allowed, threads=self.threads)
+            rows, scores = exact.exact_top_k(vectors, self.encoder.item_vectors, self.k, seen=seen, allowed=allowed, threads=self.threads)
         else:
             on_device = torch.from_numpy(allowed).to(self.device_items.device)
             found = [
-                index.top_k_on_device(
+                exact.top_k_on_device(
                     vectors[first : first + 1024], self.device_items, self.k, seen=(batch.indptr, batch.items), allowed=on_device
                 )
                 for first in range(0, len(queries), 1024)

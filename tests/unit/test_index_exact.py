@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from raysys import index
 from raysys.errors import SchemaError
-from raysys.index import exact_top_k, top_k_on_device
+from raysys.index import exact
+from raysys.index.exact import exact_top_k, top_k_on_device
 
 
 def reference(queries, items, k, seen=None, allowed=None):
@@ -85,7 +85,7 @@ def test_threads_do_not_matter():
     one, two = exact_top_k(queries, items, 20, threads=1), exact_top_k(queries, items, 20, threads=2)
     assert all((a == b).all() for a, b in zip(one, two, strict=True))
     assert (np.diff(one[1], axis=1) <= 0).all()
-    assert index.QUERY_BLOCK < 1500, "more than one block, or the test says nothing"
+    assert exact.QUERY_BLOCK < 1500, "more than one block, or the test says nothing"
 
 
 def test_what_does_not_fit_is_refused():

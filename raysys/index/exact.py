@@ -7,7 +7,8 @@ score is one integer, order-preserving bits above the row, so that plain integer
 selection gives the same list for any block size and any number of threads.
 
 Knows vectors and rows; not users, not models. Dot products of two block shapes
-may differ in the last bit, as those of any two BLAS calls.
+may differ in the last bit, as those of any two BLAS calls. Vectors that are kept
+smaller (`vectors.py`) are decoded block by block, in cache.
 
 Legend: B queries, N items, D dimension, k results.
 """
@@ -22,11 +23,14 @@ import threadpoolctl
 import torch
 
 from raysys.errors import SchemaError
+from raysys.index.vectors import Float32Vectors, Vectors
 
 QUERY_BLOCK, ITEM_BLOCK = 512, 1024
 """Scores of a block: 2 MiB of float32, in reach of a server core's caches."""
 CHUNK = 16
 """Scores that the scan rejects at once; divides ITEM_BLOCK."""
+FEW = 8
+"""Queries that are searched in the caller's thread: starting a pool would cost more than the search."""
 DEVICE_ITEM_BLOCK = 16_384
 """Items of a block where torch computes: a GPU wants large products."""
 EMPTY = np.iinfo(np.int64).max
@@ -35,7 +39,7 @@ EMPTY = np.iinfo(np.int64).max
 
 def exact_top_k(
     queries: np.ndarray,
-    items: np.ndarray,
+    items: np.ndarray | Vectors,
     k: int,
     *,
     seen: tuple[np.ndarray, np.ndarray] | None = None,
@@ -46,7 +50,7 @@ def exact_top_k(
 
     Args:
         queries: (B, D) float32.
-        items: (N, D) float32.
+        items: (N, D) float32, or vectors of `vectors.py` in any storage.
         k: cut-off.
         seen: (indptr (B+1,) int64, rows (L,) int32): items left out of each query's list, in any order.
         allowed: (N,) bool; items that may appear at all.
@@ -59,17 +63,21 @@ def exact_top_k(
     Raises:
         SchemaError: shapes do not fit, k < 1, or 2**31 items and more.
     """
-    queries, items = _checked(queries, items, k)
+    queries, vectors = _checked(queries, items, k)
     rows = None if allowed is None else np.flatnonzero(allowed).astype(np.int32)
     if rows is not None:
-        items = items[rows]
+        vectors = Float32Vectors(vectors.take(rows))
     starts, left_out = _sorted_seen(len(queries), seen, rows)
     keys = np.full((len(queries), k), EMPTY, np.int64)
 
     def block(first: int) -> None:
         part = slice(first, first + QUERY_BLOCK)
-        keys[part] = _block_keys(queries[part], items, k, starts[first : first + QUERY_BLOCK + 1], left_out)
+        keys[part] = _block_keys(queries[part], vectors, k, starts[first : first + QUERY_BLOCK + 1], left_out)
 
+    if len(queries) <= FEW:
+        if len(queries):
+            block(0)
+        return _decoded(keys, rows)
     # Every thread has a block of its own: no barrier inside a product, and numpy and numba release the interpreter lock.
     with threadpoolctl.threadpool_limits(1, "blas"), ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         _finish(pool.map(block, range(0, len(queries), QUERY_BLOCK)))
@@ -118,12 +126,13 @@ def top_k_on_device(
     return _decoded(best.cpu().numpy(), None)
 
 
-def _checked(queries: np.ndarray, items: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    if queries.ndim != 2 or items.ndim != 2 or queries.shape[1] != items.shape[1]:
-        raise SchemaError(f"top-k: expected queries (B, D) and items (N, D) of one D, got {queries.shape} and {items.shape}")
-    if k < 1 or len(items) >= 2**31:
-        raise SchemaError(f"top-k: expected k >= 1 and fewer than 2**31 items, got k={k} and {len(items):,} items")
-    return np.ascontiguousarray(queries, np.float32), np.ascontiguousarray(items, np.float32)
+def _checked(queries: np.ndarray, items: np.ndarray | Vectors, k: int) -> tuple[np.ndarray, Vectors]:
+    vectors = Float32Vectors(np.ascontiguousarray(items, np.float32)) if isinstance(items, np.ndarray) else items
+    if queries.ndim != 2 or len(vectors.shape) != 2 or queries.shape[1] != vectors.shape[1]:
+        raise SchemaError(f"top-k: expected queries (B, D) and items (N, D) of one D, got {queries.shape} and {vectors.shape}")
+    if k < 1 or vectors.shape[0] >= 2**31:
+        raise SchemaError(f"top-k: expected k >= 1 and fewer than 2**31 items, got k={k} and {vectors.shape[0]:,} items")
+    return np.ascontiguousarray(queries, np.float32), vectors
 
 
 def _sorted_seen(count: int, seen: tuple[np.ndarray, np.ndarray] | None, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -141,16 +150,16 @@ def _sorted_seen(count: int, seen: tuple[np.ndarray, np.ndarray] | None, rows: n
     return indptr, left_out[np.lexsort((left_out, owner))].astype(np.int32)
 
 
-def _block_keys(queries: np.ndarray, items: np.ndarray, k: int, starts: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+def _block_keys(queries: np.ndarray, vectors: Vectors, k: int, starts: np.ndarray, left_out: np.ndarray) -> np.ndarray:
     """(B, k) int64 sorted keys of one block of queries."""
-    B, N = len(queries), len(items)
+    B, N = len(queries), vectors.shape[0]
     kept = np.empty((B, k + 4 * ITEM_BLOCK), np.int64)
     counts, cursors = np.zeros(B, np.int64), starts[:-1].copy()
     thresholds = np.full(B, -np.inf, np.float32)
     buffer, tighten_at = np.empty((B, ITEM_BLOCK), np.float32), ITEM_BLOCK
     for first in range(0, N, ITEM_BLOCK):
         width = min(ITEM_BLOCK, N - first)
-        np.matmul(queries, items[first : first + width].T, out=buffer[:, :width])
+        np.matmul(queries, vectors.block(first, first + width).T, out=buffer[:, :width])
         buffer[:, width:] = -np.inf
         _scan(buffer, first, width, thresholds, left_out, cursors, starts, kept, counts)
         # Each doubling lets in about k more; the second clause keeps the room bounded where scores rise with the row.
