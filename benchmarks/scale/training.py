@@ -250,6 +250,8 @@ def kill(arguments: argparse.Namespace) -> dict:
                 break
             except RaysysError as error:  # Ray's own controller died with the worker: the same command continues, as its error says
                 again.append(number)
+                if again.count(number) > 2:
+                    raise
                 print(f"started again: {str(error).splitlines()[0]}", flush=True)
         took = time.monotonic() - started
         return evaluate(arguments.prepared, f"{folder}/{number}", split="test", bootstrap=0)["final"], took, killed.is_set()
