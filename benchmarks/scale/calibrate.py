@@ -47,6 +47,7 @@ from raysys.train.ranker import train_ranker
 
 FITTED, CHECKED, BAR = (0.25, 0.5, 1.0), (3.0, 10.0), 0.25
 PREPARE_EVENTS, TRAIN_USERS, TRAIN_ITEMS, SCORE_ITEMS, HISTORY = 1_000_000, 2_048, 8_000, 10_000, 20
+LOSSES = ("softmax", "sampled")
 BATCH, NEGATIVES, DIM, LAYERS, REQUESTS = 256, 1024, 64, 2, 150
 
 
@@ -178,22 +179,17 @@ def training_runs(scale: float) -> list[Run]:
     runs = []
     for size in (*FITTED, *CHECKED):
         users, items = (max(BATCH, int(base * scale * size)) for base in (TRAIN_USERS, TRAIN_ITEMS))
-        runs += [Run(size, loss, users, items) for loss in ("softmax", "sampled")]
+        runs += [Run(size, loss, users, items) for loss in LOSSES]
     base = Run(1.0, "sampled", max(BATCH, int(TRAIN_USERS * scale)), max(BATCH, int(TRAIN_ITEMS * scale)))
-    varied = (
-        {"batch": BATCH // 4},
-        {"dim": 2 * DIM},
-        {"negatives": 4 * NEGATIVES},
-        {"items": 8 * base.items},
-        {"loss": "softmax", "dim": 2 * DIM},
-    )
-    return runs + [replace(base, **one) for one in varied]
+    varied = ({"batch": BATCH // 4}, {"negatives": 4 * NEGATIVES})
+    both = ({"dim": 2 * DIM}, {"items": 8 * base.items})
+    return runs + [replace(base, **one) for one in varied] + [replace(base, loss=loss, **one) for loss in LOSSES for one in both]
 
 
 def measure_train(run: Run) -> Measurement:
     """Seconds of a steady epoch: the median of those after the first."""
     sequences = sequences_of(run.users, run.items)
-    epochs = 8 if run.size <= 1 else 3 if run.size <= 3 else 2
+    epochs = 5 if run.size <= 1 else 3 if run.size <= 3 else 2
     config = EncoderTrainConfig(epochs=epochs, batch_size=run.batch, loss=run.loss, num_negatives=run.negatives)  # type: ignore[arg-type]
     ends: list[float] = []
     encoder = encoder_of(run.items, run.dim)
