@@ -15,6 +15,7 @@ from scipy import sparse
 
 from raysys.errors import SchemaError
 from raysys.models.base import Arrays, Meta
+from raysys.models.neighbours import faded_history, strongest, summed
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
 
@@ -172,7 +173,7 @@ class Covisitation:
 
     def scores(self, queries: Queries) -> np.ndarray:
         """(B, N) float32 sum over the history of decayed similarity; 0 where nothing is known."""
-        return (self._history(queries) @ self.matrix).toarray().astype(np.float32, copy=False)
+        return summed(self._history(queries), self.matrix)
 
     def contributions(self, query: Queries, items: np.ndarray) -> np.ndarray:
         """The history item that contributed most to each item's score.
@@ -184,11 +185,7 @@ class Covisitation:
         Returns:
             (K,) int32 item rows of the history, -1 where no history item leads to the item.
         """
-        history = self._history(query).tocoo()
-        if history.nnz == 0:
-            return np.full(len(items), -1, np.int32)
-        shares = self.matrix[history.col][:, items].toarray() * history.data[:, None]
-        return np.where(shares.max(axis=0) > 0, history.col[shares.argmax(axis=0)], -1).astype(np.int32)
+        return strongest(self._history(query), self.matrix, items)
 
     def similar(self, item: int) -> np.ndarray:
         """(N,) float32 similarity of every item to one item."""
@@ -222,17 +219,8 @@ class Covisitation:
     def _history(self, queries: Queries) -> sparse.csr_array:
         """(B, N) CSR float32 weight of each history item: event weight, faded by its place from the end."""
         weights = _weights_of(queries.events, self.event_weights)
-        rows = queries.rows[weights > 0]
-        items, weights = queries.items[weights > 0], weights[weights > 0]
-        counts = np.bincount(rows, minlength=len(queries))
-        ends = np.cumsum(counts)
-        from_end = ends[rows] - 1 - np.arange(len(rows))
-        weights = weights * np.float32(self.config.session_decay) ** from_end.astype(np.float32)
-        weights[from_end >= self.config.max_history] = 0
-        history = sparse.csr_array((weights, items, np.concatenate([[0], ends])), shape=(len(queries), self.num_items))
-        history.sum_duplicates()
-        history.eliminate_zeros()
-        return history
+        config = self.config
+        return faded_history(queries, weights, decay=config.session_decay, longest=config.max_history, num_items=self.num_items)
 
     @cached_property
     def matrix(self) -> sparse.csr_array:

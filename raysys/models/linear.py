@@ -17,6 +17,7 @@ import numpy as np
 from scipy import linalg, sparse
 
 from raysys.models.base import Arrays, Meta
+from raysys.models.neighbours import faded_history, strongest, summed
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
 
@@ -107,7 +108,7 @@ class Linear:
 
     def scores(self, queries: Queries) -> np.ndarray:
         """(B, N) float32 sum over the history of faded coefficients; 0 where nothing is known."""
-        return (self._history(queries) @ self.matrix).toarray().astype(np.float32, copy=False)
+        return summed(self._history(queries), self.matrix)
 
     def contributions(self, query: Queries, items: np.ndarray) -> np.ndarray:
         """The history item that contributed most to each item's score.
@@ -119,11 +120,7 @@ class Linear:
         Returns:
             (K,) int32 item rows of the history, -1 where no history item speaks for the item.
         """
-        history = self._history(query).tocoo()
-        if history.nnz == 0:
-            return np.full(len(items), -1, np.int32)
-        shares = self.matrix[history.col][:, items].toarray() * history.data[:, None]
-        return np.where(shares.max(axis=0) > 0, history.col[shares.argmax(axis=0)], -1).astype(np.int32)
+        return strongest(self._history(query), self.matrix, items)
 
     def to_arrays(self) -> tuple[Arrays, Meta]:
         """The coefficients that were kept."""
@@ -144,15 +141,9 @@ class Linear:
 
     def _history(self, queries: Queries) -> sparse.csr_array:
         """(B, N) CSR float32 weight of each history item, faded by its place from the end."""
-        keep = _counts(queries.events, self.event_weights)
-        rows, items = queries.rows[keep], queries.items[keep]
-        ends = np.cumsum(np.bincount(rows, minlength=len(queries)))
-        from_end = ends[rows] - 1 - np.arange(len(rows))
-        weights = np.where(from_end < self.config.window, self.config.decay ** from_end.astype(np.float32), 0).astype(np.float32)
-        history = sparse.csr_array((weights, items, np.concatenate([[0], ends])), shape=(len(queries), self.matrix.shape[0]))
-        history.sum_duplicates()
-        history.eliminate_zeros()
-        return history
+        config, num_items = self.config, self.matrix.shape[0]
+        weights = _counts(queries.events, self.event_weights).astype(np.float32)
+        return faded_history(queries, weights, decay=config.decay, longest=config.window, num_items=num_items)
 
 
 def _add_moments(gram: np.ndarray, cross: np.ndarray, rows: np.ndarray, items: np.ndarray, config: LinearConfig) -> None:

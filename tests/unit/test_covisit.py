@@ -5,26 +5,11 @@ from hypothesis import strategies as st
 
 from raysys.errors import SchemaError
 from raysys.models.covisit import Covisitation, CovisitConfig
-from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
+from tests.histories import sequences
 
 PLAIN = CovisitConfig(distance_exponent=1.0, backward=0.5, history_exponent=0.0, candidate_exponent=0.0, session_decay=0.5)
 DAY_S = 86_400
-
-
-def sequences(histories, *, events=None, times=None) -> Sequences:
-    queries = Queries.from_lists(histories, events, times)
-    total = len(queries.items)
-    return Sequences(
-        np.arange(len(histories), dtype=np.int32),
-        queries.indptr,
-        queries.items,
-        queries.events,
-        queries.times,
-        np.full(total, np.nan, np.float32),
-        np.ones(total, bool),
-        np.zeros(total, np.int8),
-    )
 
 
 def ask(model, *history):

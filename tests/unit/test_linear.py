@@ -4,21 +4,7 @@ import pytest
 from raysys.models.linear import Linear, LinearConfig
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
-
-
-def sequences(histories, events=None) -> Sequences:
-    queries = Queries.from_lists(histories, events)
-    total = len(queries.items)
-    return Sequences(
-        np.arange(len(histories), dtype=np.int32),
-        queries.indptr,
-        queries.items,
-        queries.events,
-        queries.times,
-        np.full(total, np.nan, np.float32),
-        np.ones(total, bool),
-        np.zeros(total, np.int8),
-    )
+from tests.histories import sequences
 
 
 def pieces(histories, events=None) -> list[Sequences]:
