@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from raysys import storage
 from raysys.errors import ConfigError
 
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""How torch's threads wait. Spinning costs a busy machine a factor of five or more, never spinning an idle one a third of its speed: a
+thousand turns (microseconds) lie between. The second name is for libgomp, which torch has; read once, when torch is loaded; docs/LOG.md."""
 INSIDE_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets this variable in the driver of a submitted job."""
 
@@ -25,10 +28,8 @@ def connected(address: str | None = None) -> Iterator[None]:
     """
     # Ray warns at every start that a later release will stop hiding GPUs from zero-GPU tasks.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Torch threads that spin while they wait cost a busy machine a factor of five or more, and those that never do a third of an
-    # idle one's speed: a thousand turns (microseconds) lie between. The second is for libgomp, which torch has; docs/LOG.md.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    for name, value in WAITING.items():
+        os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():

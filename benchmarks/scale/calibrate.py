@@ -69,10 +69,8 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="all sizes times this; below 1 for a trial run")
     parser.add_argument("--repeats", type=int, default=3, help="medians of so many runs")
     arguments = parser.parse_args()
-    if "GOMP_SPINCOUNT" not in os.environ:
-        # As raysys starts its workers; the OpenMP runtime reads it once, when torch is loaded.
-        waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **waiting})
+    if not cluster.WAITING.keys() <= os.environ.keys():  # threads wait as those of raysys's workers
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **cluster.WAITING})
     torch.set_num_threads(os.cpu_count() or 1)
     sizes = (*FITTED, *CHECKED)
     facts: dict[str, float] = {}

@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from raysys import storage
+from raysys import cluster, storage
 from raysys.models.interest import InterestConfig, InterestEncoder
 from raysys.prepare.dataset import Sequences
 from raysys.train.batches import InMemory
@@ -146,7 +146,7 @@ def peers(arguments: argparse.Namespace) -> dict:
 def answer(command: list[str]) -> dict:
     """The last line of a peer's output, JSON; two threads for each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
-    for name in ("PYTHONPATH", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):  # a peer waits as it likes
+    for name in ("PYTHONPATH", *cluster.WAITING):  # a peer waits as it likes
         environment.pop(name, None)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tempfile.mkdtemp())
     if done.returncode:
@@ -224,7 +224,6 @@ def kill(arguments: argparse.Namespace) -> dict:
 
     with two 1e-6, because a ring may add floats in another order.
     """
-    from raysys import cluster
     from raysys.errors import RaysysError
     from raysys.evaluate.run import evaluate
     from raysys.train.config import TrainConfig, load_train_config
@@ -322,10 +321,8 @@ def main() -> None:
     for command in commands.choices.values():
         command.add_argument("--out", help="folder for the JSON")
     arguments = parser.parse_args()
-    if "GOMP_SPINCOUNT" not in os.environ:
-        # As raysys starts its workers (raysys/cluster.py); the OpenMP runtime reads it once, when torch is loaded.
-        waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **waiting})
+    if not cluster.WAITING.keys() <= os.environ.keys():  # threads wait as those of raysys's workers
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **cluster.WAITING})
     if hasattr(arguments, "src"):
         arguments.src = os.path.abspath(arguments.src)
     result = arguments.run(arguments)
