@@ -12,7 +12,7 @@ Transformers: Redefining Ranking for Scalable Impact" (LiGR), 2025; rotary posit
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysys.models.base import Arrays, Meta
+from raysys.models.remembered import Remembered
 from raysys.queries import Queries
 
 NO_EVIDENCE = -1e9
@@ -100,8 +101,30 @@ class Block(nn.Module):
         # Sequences are left-aligned, so the causal mask alone keeps real positions from seeing padding.
         # No dropout inside: on CPU it would leave the fast attention kernel.
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x_BTD = _added(x_BTD, self.dropout(self.project(attended.transpose(1, 2).reshape(B, T, D))), self.attention_gate)
-        return _added(x_BTD, self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x_BTD))))), self.ffn_gate)
+        return self._fed_forward(_added(x_BTD, self.dropout(self.project(attended.transpose(1, 2).reshape(B, T, D))), self.attention_gate))
+
+    def last(self, x_BTD: Tensor, last_B: Tensor, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, D): what `forward` gives at one position of each sequence, without dropout, for the price of keys and values alone.
+
+        Args:
+            x_BTD: the residual stream.
+            last_B: (B,) int64 the position.
+            turns: as for `forward`.
+        """
+        B, T, D = x_BTD.shape
+        rows, width = torch.arange(B, device=x_BTD.device), D // self.num_heads
+        normed, weight, bias = self.attention_norm(x_BTD), self.qkv.weight, self.qkv.bias
+        query = F.linear(normed[rows, last_B], weight[:D], bias[:D]).view(B, self.num_heads, 1, width)
+        key, value = F.linear(normed, weight[D:], bias[D:]).view(B, T, 2, self.num_heads, width).permute(2, 0, 3, 1, 4)
+        if turns is not None:
+            cos, sin = turns
+            query, key = turned(query, cos[last_B][:, None, None], sin[last_B][:, None, None]), turned(key, cos, sin)
+        past = torch.arange(T, device=x_BTD.device) <= last_B[:, None]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=past[:, None, None, :])
+        return self._fed_forward(_added(x_BTD[rows, last_B], self.project(attended.reshape(B, D)), self.attention_gate))
+
+    def _fed_forward(self, stream: Tensor) -> Tensor:
+        return _added(stream, self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(stream))))), self.ffn_gate)
 
 
 def _added(stream: Tensor, addend: Tensor, gate: nn.Linear | None) -> Tensor:
@@ -169,6 +192,26 @@ class InterestEncoder(nn.Module):
         Returns:
             (B, T, D) float32.
         """
+        x_BTD, turns = self._embedded(items_BT, events_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, turns)
+        return self._state(x_BTD)
+
+    def last_states(self, items_BT: Tensor, events_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """(B, D) float32: `forward` at the last event alone; the top block is computed there only.
+
+        Args:
+            items_BT: as for `forward`.
+            events_BT: likewise.
+            lengths_B: (B,) int64 events of each sequence, at least 1.
+        """
+        x_BTD, turns = self._embedded(items_BT, events_BT)
+        *below, top = self.blocks
+        for block in below:
+            x_BTD = block(x_BTD, turns)
+        return self._state(cast(Block, top).last(x_BTD, lengths_B - 1, turns))
+
+    def _embedded(self, items_BT: Tensor, events_BT: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         x_BTD, turns = self.items(items_BT) * self.config.dim**0.5, None
         if self.positions is not None:
             x_BTD = x_BTD + self.positions.weight[: items_BT.shape[1]]
@@ -177,11 +220,11 @@ class InterestEncoder(nn.Module):
             turns = cos.to(x_BTD.device), sin.to(x_BTD.device)
         if self.events is not None:
             x_BTD = x_BTD + self.events(events_BT)
-        x_BTD = self.dropout(x_BTD)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, turns)
-        x_BTD = self.norm(x_BTD)
-        return F.normalize(x_BTD, dim=-1) / self.config.temperature if self.config.temperature else x_BTD
+        return self.dropout(x_BTD), turns
+
+    def _state(self, stream: Tensor) -> Tensor:
+        states = self.norm(stream)
+        return F.normalize(states, dim=-1) / self.config.temperature if self.config.temperature else states
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
         """Vectors whose dot product with a state is a logit; tied to the input embedding.
@@ -215,7 +258,7 @@ def initial_rows(first: int, stop: int, dim: int, seed: int) -> Tensor:
     return rows
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def user_states(encoder: InterestEncoder, queries: Queries) -> Tensor:
     """(B, D) float32 state after the last event, on the encoder's device; zero for an empty history."""
     items_BT, events_BT, lengths = left_aligned(queries, encoder.config.max_length, encoder.num_items)
@@ -223,9 +266,8 @@ def user_states(encoder: InterestEncoder, queries: Queries) -> Tensor:
     device = encoder.items.weight.device
     states_BD = torch.zeros(len(queries), encoder.config.dim, device=device)
     if len(filled):
-        states = encoder(torch.from_numpy(items_BT[filled]).to(device), torch.from_numpy(events_BT[filled]).to(device))
-        last = torch.from_numpy(lengths[filled] - 1).to(device)
-        states_BD[torch.from_numpy(filled).to(device)] = states[torch.arange(len(filled), device=device), last]
+        inputs = (torch.from_numpy(array[filled]).to(device) for array in (items_BT, events_BT, lengths))
+        states_BD[torch.from_numpy(filled).to(device)] = encoder.last_states(*inputs)
     return states_BD
 
 
@@ -244,6 +286,11 @@ class InterestRetriever:
         self.encoder = copy.deepcopy(encoder).eval().cpu()
         self.warm = warm.astype(bool)
         self.item_vectors = self.encoder.item_vectors().detach().numpy().copy()
+        self._remembered: Remembered | None = None
+
+    def remember(self, size: int) -> None:
+        """Keep the vectors of the histories asked for last, at most `size`; 0 keeps none. For a process that serves."""
+        self._remembered = Remembered(self._encode, self.encoder.config.max_length, size) if size else None
 
     @classmethod
     def from_encoder(cls, encoder: InterestEncoder, item_counts: np.ndarray) -> "InterestRetriever":
@@ -252,6 +299,9 @@ class InterestRetriever:
 
     def user_vectors(self, queries: Queries) -> np.ndarray:
         """(B, D) float32 state after the last event; zero for an empty history."""
+        return self._encode(queries) if self._remembered is None or not len(queries) else self._remembered(queries)
+
+    def _encode(self, queries: Queries) -> np.ndarray:
         return user_states(self.encoder, queries).numpy()
 
     def scores(self, queries: Queries) -> np.ndarray:

@@ -6,6 +6,7 @@ hand over the raw arguments instead of `AppArgs`, and a misspelt key would pass.
 
 import logging
 import os
+from typing import Literal
 
 import ray
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +16,7 @@ from raysys import storage
 from raysys.errors import ConfigError
 from raysys.events.dead_letters import dead_letter_folder
 from raysys.serve import deployments
+from raysys.serve.models import Compute
 from raysys.serve.settings import FAST_SETTINGS
 
 LOCAL_NODE = {"resources": {"node:__internal_head__": 0.001}}
@@ -29,7 +31,11 @@ class AppArgs(BaseModel):
     registry: str | None = Field(None, description="URI of published bundles; default RAYSYS_REGISTRY, else a folder under RAYSYS_HOME")
     events: str | None = Field(None, description="event log; default RAYSYS_EVENTS, else a folder under RAYSYS_HOME")
     state: str | None = Field(None, description="online state; default RAYSYS_STATE, else a folder under RAYSYS_HOME")
-    threads: int = Field(1, ge=1, description="torch threads of each retrieval and ranking replica")
+    placement: Literal["together", "apart"] = Field(
+        "together", description="models in the ingress replicas, without a hop; or in deployments of their own, on other nodes or GPUs"
+    )
+    threads: int = Field(1, ge=1, description="torch threads of each replica that computes")
+    cached_histories: int = Field(20_000, ge=0, description="histories whose encoded vectors a replica keeps; about 500 bytes each")
     max_in_flight: int = Field(150, ge=1, description="requests an ingress replica works on at once; more get 503 and Retry-After")
     history_events: int = Field(500, ge=1, le=10_000, description="events kept a user in the online state")
     pseudonyms: bool = Field(False, description="write keyed hashes instead of user and session ids to the event log")
@@ -37,7 +43,7 @@ class AppArgs(BaseModel):
 
 
 def build(args: AppArgs) -> Application:
-    """Bind ingress, retrieval, ranking and ingestion.
+    """Bind ingress and ingestion, and retrieval and ranking where they are apart.
 
     Raises:
         ConfigError: a relative location.
@@ -52,10 +58,11 @@ def build(args: AppArgs) -> Application:
     if on_node and len([node for node in ray.nodes() if node["Alive"]]) > 1 and not storage.is_local(registry):
         logging.getLogger("ray.serve").warning("log and state are embedded: ingress and ingestion stay on the head node")
     ingress, retrieval, ranking, ingestion = (_deployment(name) for name in ("Ingress", "Retrieval", "Ranking", "Ingestion"))
-    models = [stage.bind(registry, args.threads) for stage in (retrieval, ranking)]
+    compute = Compute(args.threads, args.cached_histories)
+    stages = tuple(stage.bind(registry, compute) for stage in (retrieval, ranking)) if args.placement == "apart" else None
     refused = dead_letter_folder(events, args.dead_letters and _location("dead_letters", args.dead_letters))
     writer = ingestion.options(ray_actor_options=_actor(on_node)).bind(events, state, args.history_events, args.pseudonyms, refused)
-    return ingress.options(ray_actor_options=_actor(on_node)).bind(registry, state, *models, writer, args.max_in_flight)
+    return ingress.options(ray_actor_options=_actor(on_node)).bind(registry, state, stages, writer, args.max_in_flight, compute)
 
 
 def _deployment(name: str) -> Deployment:

@@ -1,131 +1,52 @@
-"""The Serve deployments: thin shells around `pipeline.py`, `events/store.py` and `http.py`.
+"""The Serve deployments: thin shells around `models.py`, `events/store.py` and `http.py`.
 
-Ingress (HTTP, reads state) -> Retrieval -> Ranking       one version a request, named in every call
-        `-> Ingestion (the only writer of log and state)
+Ingress (HTTP, reads state, and computes where `placement` is together)
+        |-> Retrieval, Ranking   where it is apart; one version a request, named in every call
+        `-> Ingestion            the only writer of log and state
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
-from raysys.bundle import Bundle
 from raysys.errors import ServeOverloaded
 from raysys.events.dead_letters import DeadLetters
 from raysys.events.log import Record, open_log
 from raysys.events.state import StateLimits, open_state
 from raysys.events.store import EventStore
-from raysys.models.base import Candidates
-from raysys.pipeline import Pipeline
 from raysys.queries import Queries
 from raysys.registry import Registry
 from raysys.serve.catalogue import Catalogue, live_encoder
 from raysys.serve.http import create_app
-from raysys.serve.recommender import Recommender, RetrievedOne, Version, pad_candidates
+from raysys.serve.models import (
+    POLL_S,
+    RETRIEVAL_MODELS,
+    Compute,
+    Models,
+    RankRequest,
+    RetrieveRequest,
+    answer_by_version,
+    explain_one,
+    rank_many,
+    retrieve_many,
+    warm_up,
+)
+from raysys.serve.recommender import Backend, Recommender, RetrievedOne, Version
+from raysys.serve.together import MAX_BATCH, TogetherBackend, raised
 
 LOG = logging.getLogger("ray.serve")
-POLL_S = 1.0
-"""Seconds between looks at the registry's pointer."""
 WRITE_RETRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 """Waits before a write is repeated after its replica died; a new one is up in a few seconds."""
 TRY_S = 30.0
 """Patience with the first request, which a replica sends itself before it is ready, seconds a stage."""
-KEEP_VERSIONS = 2
-"""Bundles a replica keeps loaded: the current one, and the one that requests under way may still name."""
 NOTHING_PUBLISHED = "no model published; run `raysys train --prepared DIR --out BUNDLE`, then `raysys publish BUNDLE --registry {registry}`"
-
-
-class Models:
-    """Pipelines by version, loaded on demand from the registry; the last KEEP_VERSIONS stay.
-
-    Args:
-        registry: URI.
-        only: models to load.
-    """
-
-    def __init__(self, registry: str, only: tuple[str, ...] | None = None):
-        self.registry, self._only = Registry(registry), only
-        self._loaded: OrderedDict[str, Pipeline] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, version: str) -> Pipeline:
-        """The pipeline of a version.
-
-        Raises:
-            BundleError: the registry does not have it, or it is damaged.
-        """
-        with self._lock:
-            if version not in self._loaded:
-                self._loaded[version] = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only))
-                while len(self._loaded) > KEEP_VERSIONS:
-                    self._loaded.popitem(last=False)
-            return self._loaded[version]
-
-    def load_current(self) -> Pipeline | None:
-        """Load what the pointer names, before a request asks for it; None while nothing is published."""
-        pointer = self.registry.current()
-        return None if pointer is None else self.get(pointer.version)
-
-    def follow(self) -> None:
-        """Poll the pointer for ever, in a thread: a new version is warm here before the ingress names it."""
-
-        def poll() -> None:
-            while True:
-                time.sleep(POLL_S)
-                try:
-                    pipeline = self.load_current()
-                    if pipeline is not None:
-                        warm_up(pipeline)
-                except Exception as error:  # the thread must live: the next version may be sound
-                    LOG.error("cannot load the published version: %s: %s", type(error).__name__, error)
-
-        threading.Thread(target=poll, daemon=True, name="follow-registry").start()
-
-
-def warm_up(pipeline: Pipeline) -> None:
-    """Run one request through, once a pipeline: the first call of torch and of lazy caches is the slow one."""
-    if getattr(pipeline, "warm", False):
-        return
-    query = Queries.from_lists([[0]])
-    items = np.zeros((1, pipeline.num_candidates), np.int32)
-    names = tuple(pipeline.sources)
-    if pipeline.sources:
-        pipeline.retrieve(query)
-        pipeline.explain(query, np.zeros(1, np.int64))
-    elif pipeline.ranker is not None:
-        names = pipeline.ranker.sources
-    zeros = np.zeros(items.shape, np.float32)
-    pipeline.rank(query, Candidates(items, zeros, np.zeros((*items.shape, len(names)), np.float32), names))
-    pipeline.warm = True  # type: ignore[attr-defined]
-
-
-def _answer_by_version(models: Models, requests: list[Any], handle: Callable[[Pipeline, list[Any]], list[Any]]) -> list[Any]:
-    """One batch of requests, their version first in each, handled a version at a time.
-
-    Where a version fails, its requests get the exception as their answer: the others of the batch asked for something else.
-    """
-    groups: dict[str, list[int]] = {}
-    for position, request in enumerate(requests):
-        groups.setdefault(request[0], []).append(position)
-    answers: list[Any] = [None] * len(requests)
-    for version, positions in groups.items():
-        try:
-            found = handle(models.get(version), [requests[position] for position in positions])
-        except Exception as error:
-            found = [error] * len(positions)
-        for position, answer in zip(positions, found, strict=True):
-            answers[position] = answer
-    return answers
 
 
 @serve.deployment
@@ -134,51 +55,24 @@ class Retrieval:
 
     Args:
         registry: URI.
-        threads: torch threads of this replica.
+        compute: settings.
     """
 
-    def __init__(self, registry: str, threads: int = 1):
-        torch.set_num_threads(threads)
-        self._models = Models(registry, only=("interest", "covisit", "linear", "content", "popularity", "dot_product"))
+    def __init__(self, registry: str, compute: Compute):
+        self._models = Models(registry, compute, only=RETRIEVAL_MODELS)
         pipeline = self._models.load_current()
         if pipeline is not None:
             warm_up(pipeline)
         self._models.follow()
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
-    async def retrieve(self, requests: list[tuple[str, Queries, int, bytes | None, np.ndarray]]) -> list[RetrievedOne | Exception]:
-        """(version, query, k, packed allowed bits or None, blocked rows) each."""
-        return _answer_by_version(self._models, requests, self._retrieve)
-
-    def _retrieve(self, pipeline: Pipeline, group: list[tuple]) -> list[RetrievedOne]:
-        num_items = pipeline.num_items
-        allowed = np.ones((len(group), num_items), bool)
-        for row, (_, _, _, bits, blocked) in enumerate(group):
-            if bits is not None:
-                allowed[row] = np.unpackbits(np.frombuffer(bits, np.uint8), count=num_items)
-            allowed[row, blocked] = False
-        retrieved = pipeline.retrieve(
-            Queries.stack([query for _, query, _, _, _ in group]), max(k for _, _, k, _, _ in group), allowed=allowed
-        )
-        candidates = retrieved.candidates
-        answers = []
-        for row, (_, _, k, _, _) in enumerate(group):
-            count = min(k, int((candidates.items[row] >= 0).sum()))
-            answers.append(
-                RetrievedOne(
-                    candidates.items[row, :count],
-                    candidates.fused[row, :count],
-                    candidates.log_probs[row, :count],
-                    candidates.sources,
-                    None if retrieved.profiles is None else retrieved.profiles[row],
-                    None if retrieved.affinity is None else retrieved.affinity[row],
-                )
-            )
-        return answers
+    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.0)
+    async def retrieve(self, requests: list[RetrieveRequest]) -> list[RetrievedOne | Exception]:
+        """See `retrieve_many`."""
+        return answer_by_version(self._models, requests, retrieve_many)
 
     async def explain(self, version: str, query: Queries, items: np.ndarray) -> list[tuple[str, int | None]]:
-        """(kind, item row behind it) for each item."""
-        return [(reason.kind, reason.because) for reason in self._models.get(version).explain(query, items)]
+        """See `explain_one`."""
+        return explain_one(self._models.get(version), query, items)
 
 
 @serve.deployment
@@ -187,27 +81,20 @@ class Ranking:
 
     Args:
         registry: URI.
-        threads: torch threads of this replica.
+        compute: settings.
     """
 
-    def __init__(self, registry: str, threads: int = 1):
-        torch.set_num_threads(threads)
-        self._models = Models(registry, only=("ranker",))
+    def __init__(self, registry: str, compute: Compute):
+        self._models = Models(registry, compute, only=("ranker",))
         pipeline = self._models.load_current()
         if pipeline is not None:
             warm_up(pipeline)
         self._models.follow()
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
-    async def rank(self, requests: list[tuple[str, Queries, RetrievedOne]]) -> list[tuple[np.ndarray, np.ndarray] | Exception]:
-        """(version, query, candidates) each."""
-        return _answer_by_version(self._models, requests, self._rank)
-
-    def _rank(self, pipeline: Pipeline, group: list[tuple]) -> list[tuple[np.ndarray, np.ndarray]]:
-        candidates = pad_candidates([retrieved for _, _, retrieved in group])
-        scores, probabilities = pipeline.rank(Queries.stack([query for _, query, _ in group]), candidates)
-        counts = [len(retrieved.items) for _, _, retrieved in group]
-        return [(scores[row, :count], probabilities[row, :count]) for row, count in enumerate(counts)]
+    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.0)
+    async def rank(self, requests: list[RankRequest]) -> list[tuple[np.ndarray, np.ndarray] | Exception]:
+        """See `rank_many`."""
+        return answer_by_version(self._models, requests, rank_many)
 
 
 @serve.deployment
@@ -240,13 +127,6 @@ class Ingestion:
         return await asyncio.get_running_loop().run_in_executor(None, self._store.records_of, user_id)
 
 
-def _raised(answer: Any) -> Any:
-    """A batched call hands an exception back as a value, so that it fails one request and not its whole batch."""
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
 class HandleBackend:
     """`recommender.Backend` over Serve handles."""
 
@@ -256,11 +136,11 @@ class HandleBackend:
     async def retrieve(self, version: str, query: Queries, k: int, allowed: np.ndarray | None, blocked: np.ndarray) -> RetrievedOne:
         """See `Backend.retrieve`."""
         bits = None if allowed is None or allowed.all() else np.packbits(allowed).tobytes()
-        return _raised(await self._retrieval.retrieve.remote((version, query, k, bits, blocked)))
+        return raised(await self._retrieval.retrieve.remote((version, query, k, bits, blocked)))
 
     async def rank(self, version: str, query: Queries, retrieved: RetrievedOne) -> tuple[np.ndarray, np.ndarray]:
         """See `Backend.rank`."""
-        return _raised(await self._ranking.rank.remote((version, query, retrieved)))
+        return raised(await self._ranking.rank.remote((version, query, retrieved)))
 
     async def explain(self, version: str, query: Queries, items: np.ndarray) -> list[tuple[str, int | None]]:
         """See `Backend.explain`."""
@@ -310,27 +190,30 @@ class Ingress:
     Args:
         registry: URI of published bundles.
         state: URI of the online state.
-        retrieval: handle.
-        ranking: handle.
+        stages: handles of retrieval and ranking; None to compute here.
         ingestion: handle.
         max_in_flight: requests at once; more are shed.
+        compute: settings, where it computes.
     """
 
     def __init__(
         self,
         registry: str,
         state: str,
-        retrieval: DeploymentHandle,
-        ranking: DeploymentHandle,
+        stages: tuple[DeploymentHandle, DeploymentHandle] | None,
         ingestion: DeploymentHandle,
         max_in_flight: int,
+        compute: Compute,
     ):
         self._registry = Registry(registry)
         self._registry_uri = registry
         self._problem: str | None = None
         self._max_in_flight = max_in_flight
         self._writer = HandleWriter(ingestion)
-        self._backend = HandleBackend(retrieval, ranking)
+        # The models of the ingress: all of them where it computes, else what placing live items takes.
+        self._models = Models(registry, compute, only=("content",) if stages else None)
+        self._backend: Backend = HandleBackend(*stages) if stages else TogetherBackend(self._models)
+        self._computes_here = stages is None
         self._recommender = Recommender(open_state(state, patient=False), self._backend)
         self._tried: str | None = None
         self._follow_once()
@@ -381,10 +264,13 @@ class Ingress:
             current = self._recommender.version
             if pointer is None or (current is not None and current.bundle.version == pointer.version):
                 return
-            bundle = Bundle.open(self._registry.bundle_uri(pointer.version), only=("content",))
+            pipeline = self._models.get(pointer.version)
+            bundle = pipeline.bundle
             catalogue = Catalogue(bundle.items, live_encoder(bundle))
             catalogue.apply(self._recommender.state.items_since(0))
-            if current is not None:
+            if self._computes_here:
+                warm_up(pipeline)
+            elif current is not None:
                 # Retrieval and ranking poll at the same pace; give them the time to load before naming the version to them.
                 time.sleep(2 * POLL_S)
             self._recommender.version = Version.of(bundle, catalogue)

@@ -56,6 +56,34 @@ def test_batch_equals_single(config):
         np.testing.assert_allclose(retriever.scores(Queries.from_lists([history]))[0], together[row], atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("config", SHAPES)
+def test_the_last_state_alone_equals_that_of_all_positions(config):
+    encoder, lengths = _encoder(config), torch.tensor([3, 8, 1])
+    items = torch.randint(0, N, (3, 8))
+    for row, length in enumerate(lengths):
+        items[row, length:] = N
+    events = torch.ones_like(items)
+    every = encoder(items, events)[torch.arange(3), lengths - 1]
+    torch.testing.assert_close(encoder.last_states(items, events, lengths), every)
+
+
+def test_a_remembered_history_is_not_encoded_again():
+    plain, retriever = _retriever(), _retriever()
+    retriever.remember(3)
+    memory = retriever._remembered
+    for histories in (_histories(), _histories()[:3], [[*_histories()[0], 5]]):
+        queries = Queries.from_lists(histories)
+        np.testing.assert_allclose(retriever.user_vectors(queries), plain.user_vectors(queries), atol=1e-5)
+        assert len(memory._vectors) <= 3
+    assert memory.misses == 6 + 3 + 1 and memory.hits == 0  # the last three of six had pushed the first three out
+    again = Queries.from_lists([_histories()[1], _histories()[2], [1], [*_histories()[0], 5]])
+    retriever.user_vectors(again)
+    assert (memory.hits, memory.misses) == (3, 11)
+    other_event = Queries.from_lists([_histories()[2]], events=[[1] * 8])
+    retriever.user_vectors(other_event)
+    assert memory.misses == 12
+
+
 def test_only_the_last_events_count():
     retriever = _retriever()
     long = list(range(20))
