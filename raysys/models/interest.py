@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from raysys.models.base import Arrays, Meta
 from raysys.models.remembered import Remembered
-from raysys.queries import Queries
+from raysys.queries import GAP_CODES, Queries
 
 NO_EVIDENCE = -1e9
 """Score of an item without a training interaction, whose vector is still random, and of what was never learnt to be told apart."""
@@ -50,6 +50,8 @@ class InterestConfig:
     """What attention and feed-forward add passes a sigmoid gate of the stream that it is added to."""
     positions: Literal["learned", "rotary"] = "learned"
     """A vector for each place from the start of the window, or queries and keys turned by their place, so that only distances count."""
+    time_gaps: bool = False
+    """Learn a vector for how long an event came after the one before (powers of two of seconds); for data with real times."""
     temperature: float = 0.07
     """Logits are cosines of state and item vector divided by this, so that frequent items cannot win by length; 0 for dot products."""
     exclude_seen: bool = False
@@ -173,6 +175,7 @@ class InterestEncoder(nn.Module):
         is_learned = config.positions == "learned"
         self.positions = nn.Embedding(config.max_length, config.dim) if is_learned else None
         self.events = nn.Embedding(num_event_types, config.dim) if num_event_types > 2 else None
+        self.gaps = nn.Embedding(GAP_CODES, config.dim) if config.time_gaps else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -182,36 +185,38 @@ class InterestEncoder(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, items_BT: Tensor, events_BT: Tensor) -> Tensor:
+    def forward(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor) -> Tensor:
         """States after each position.
 
         Args:
             items_BT: (B, T) int64, left-aligned, padded with N.
             events_BT: (B, T) int64 event codes, any value at padding.
+            gaps_BT: (B, T) int64 codes of `gap_codes`, likewise.
 
         Returns:
             (B, T, D) float32.
         """
-        x_BTD, turns = self._embedded(items_BT, events_BT)
+        x_BTD, turns = self._embedded(items_BT, events_BT, gaps_BT)
         for block in self.blocks:
             x_BTD = block(x_BTD, turns)
         return self._state(x_BTD)
 
-    def last_states(self, items_BT: Tensor, events_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    def last_states(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """(B, D) float32: `forward` at the last event alone; the top block is computed there only.
 
         Args:
             items_BT: as for `forward`.
             events_BT: likewise.
+            gaps_BT: likewise.
             lengths_B: (B,) int64 events of each sequence, at least 1.
         """
-        x_BTD, turns = self._embedded(items_BT, events_BT)
+        x_BTD, turns = self._embedded(items_BT, events_BT, gaps_BT)
         *below, top = self.blocks
         for block in below:
             x_BTD = block(x_BTD, turns)
         return self._state(cast(Block, top).last(x_BTD, lengths_B - 1, turns))
 
-    def _embedded(self, items_BT: Tensor, events_BT: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def _embedded(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         x_BTD, turns = self.items(items_BT) * self.config.dim**0.5, None
         if self.positions is not None:
             x_BTD = x_BTD + self.positions.weight[: items_BT.shape[1]]
@@ -220,6 +225,8 @@ class InterestEncoder(nn.Module):
             turns = cos.to(x_BTD.device), sin.to(x_BTD.device)
         if self.events is not None:
             x_BTD = x_BTD + self.events(events_BT)
+        if self.gaps is not None:
+            x_BTD = x_BTD + self.gaps(gaps_BT)
         return self.dropout(x_BTD), turns
 
     def _state(self, stream: Tensor) -> Tensor:
@@ -261,12 +268,13 @@ def initial_rows(first: int, stop: int, dim: int, seed: int) -> Tensor:
 @torch.no_grad()
 def user_states(encoder: InterestEncoder, queries: Queries) -> Tensor:
     """(B, D) float32 state after the last event, on the encoder's device; zero for an empty history."""
-    items_BT, events_BT, lengths = left_aligned(queries, encoder.config.max_length, encoder.num_items)
+    columns = ((queries.items, encoder.num_items), (queries.events, 0), (queries.gaps, 0))
+    (items_BT, events_BT, gaps_BT), lengths = left_aligned(queries, encoder.config.max_length, *columns)
     filled = np.flatnonzero(lengths)
     device = encoder.items.weight.device
     states_BD = torch.zeros(len(queries), encoder.config.dim, device=device)
     if len(filled):
-        inputs = (torch.from_numpy(array[filled]).to(device) for array in (items_BT, events_BT, lengths))
+        inputs = (torch.from_numpy(array[filled]).to(device) for array in (items_BT, events_BT, gaps_BT, lengths))
         states_BD[torch.from_numpy(filled).to(device)] = encoder.last_states(*inputs)
     return states_BD
 
@@ -332,18 +340,25 @@ class InterestRetriever:
         return cls(encoder, arrays["warm"])
 
 
-def left_aligned(queries: Queries, max_length: int, padding: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def left_aligned(queries: Queries, max_length: int, *columns: tuple[np.ndarray, int]) -> tuple[list[np.ndarray], np.ndarray]:
     """Ragged histories as padded matrices, cut to their last `max_length` events.
 
+    Args:
+        queries: B histories with L events.
+        max_length: events kept.
+        columns: (L,) values of the events, and what pads them.
+
     Returns:
-        items (B, T) int64 padded with `padding`, events (B, T) int64 padded with 0, lengths (B,) int64; T is the longest length.
+        A (B, T) int64 matrix a column, and lengths (B,) int64; T is the longest length.
     """
     lengths = np.minimum(queries.lengths, max_length)
     T = int(lengths.max(initial=0))
-    columns = np.arange(T)
-    real = columns[None, :] < lengths[:, None]
-    take = (queries.indptr[1:] - lengths)[:, None] + columns[None, :]
-    items = np.full((len(queries), T), padding, np.int64)
-    events = np.zeros((len(queries), T), np.int64)
-    items[real], events[real] = queries.items[take[real]], queries.events[take[real]]
-    return items, events, lengths
+    places = np.arange(T)
+    real = places[None, :] < lengths[:, None]
+    take = (queries.indptr[1:] - lengths)[:, None] + places[None, :]
+    matrices = []
+    for values, padding in columns:
+        matrix = np.full(real.shape, padding, np.int64)
+        matrix[real] = values[take[real]]
+        matrices.append(matrix)
+    return matrices, lengths

@@ -49,6 +49,8 @@ class Remembered:
         return np.stack([found[key] for key in keys])
 
     def _key(self, queries: Queries, row: int) -> bytes:
-        stop = queries.indptr[row + 1]
-        start = max(queries.indptr[row], stop - self._max_length)
-        return hashlib.blake2b(queries.items[start:stop].tobytes() + queries.events[start:stop].tobytes(), digest_size=16).digest()
+        first, stop = queries.indptr[row], queries.indptr[row + 1]
+        window = slice(max(first, stop - self._max_length), stop)
+        gaps = queries[row : row + 1].gaps[window.start - first :]  # times themselves would tell apart what the encoder does not
+        content = (queries.items[window].tobytes(), queries.events[window].tobytes(), gaps.tobytes())
+        return hashlib.blake2b(b"".join(content), digest_size=16).digest()

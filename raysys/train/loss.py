@@ -159,6 +159,29 @@ def sampled_softmax_loss(
     return _SampledSoftmax.apply(states_PD, positive_PD, negative_SD, targets_P, negatives_S, expected, dtype)
 
 
+def gbce_loss(
+    states_PD: Tensor, positive_PD: Tensor, negative_SD: Tensor, targets_P: Tensor, negatives_S: Tensor, num_items: int, calibration: float
+) -> Tensor:
+    """Summed generalised binary cross-entropy over the target and shared uniform negatives, in nats.
+
+    The positive probability is raised to a power beta that undoes the overconfidence of sampling few negatives.
+
+    Args:
+        states_PD: (P, D) float32. positive_PD: (P, D) float32 vectors of the targets. negative_SD: (S, D) float32.
+        targets_P: (P,) int64. negatives_S: (S,) int64; a position's own target is removed from its negatives.
+        num_items: N.
+        calibration: t in [0, 1]; 0 is plain binary cross-entropy, 1 fully calibrated.
+
+    Source:
+        Petrov & Macdonald, "gSASRec: Reducing Overconfidence in Sequential Recommendation Trained with Negative Sampling", RecSys 2023.
+    """
+    rate = min(1.0, len(negatives_S) / max(1, num_items - 1))
+    beta = rate * (calibration * (1.0 - 1.0 / rate) + 1.0 / rate)
+    positive = -torch.nn.functional.logsigmoid((states_PD * positive_PD).sum(dim=1)) * beta
+    negative = torch.nn.functional.softplus(negative_logits(states_PD, negative_SD, targets_P, negatives_S, 0.0))
+    return positive.sum() + negative.sum()
+
+
 def negative_logits(states_PD: Tensor, negative_SD: Tensor, targets_P: Tensor, negatives_S: Tensor, log_expected: Tensor | float) -> Tensor:
     """(P, S) logits of shared negatives with logQ correction, -inf at accidental hits; see `sampled_softmax_loss`."""
     logits = states_PD @ negative_SD.T - log_expected
