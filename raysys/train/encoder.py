@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from raysys.models.interest import InterestEncoder
 from raysys.train.average import Average
 from raysys.train.batches import Batch, Pool, Source
-from raysys.train.loss import fast_dtype, full_softmax_loss, gbce_loss, sampled_softmax_loss
+from raysys.train.loss import distilled_softmax_loss, fast_dtype, full_softmax_loss, gbce_loss, sampled_softmax_loss
 from raysys.train.negatives import Negatives, Sampling
 from raysys.train.optimizers import (
     TableOptimizerName,
@@ -129,8 +129,11 @@ class TrainState:
 class _Trainee(nn.Module):
     """Encoder and loss in one module, so that DistributedDataParallel sees every parameter used."""
 
-    def __init__(self, encoder: InterestEncoder, config: EncoderTrainConfig, parallel: Parallel):
+    def __init__(
+        self, encoder: InterestEncoder, config: EncoderTrainConfig, parallel: Parallel, teacher: InterestEncoder | None, share: float
+    ):
         super().__init__()
+        self.teacher, self.share = [teacher], share  # in a list: its weights are not to be trained, averaged or saved
         self.encoder, self.parallel, self.config, self.precision = encoder, parallel, config, config.precision
 
     def forward(
@@ -145,6 +148,11 @@ class _Trainee(nn.Module):
         if not isinstance(encoder.items, ShardedTable):
             if negatives is None:
                 seen = seen_before(items, real) if encoder.config.exclude_seen else None
+                if (teacher := self.teacher[0]) is not None:
+                    with torch.no_grad():
+                        taught, told = teacher(items, events, gaps)[real].float(), teacher.item_vectors()
+                    goal = {"teacher_states_PD": taught, "teacher_vectors_ND": told, "share": self.share}
+                    return distilled_softmax_loss(states, encoder.item_vectors(), targets, **goal, seen=seen, dtype=dtype)
                 return full_softmax_loss(states, encoder.item_vectors(), targets, seen=seen, dtype=dtype)
             positive, negative = encoder.item_vectors(targets), encoder.item_vectors(negatives)
             if self.config.loss == "gbce":
@@ -202,6 +210,8 @@ class EncoderTraining:
         config: see `EncoderTrainConfig`.
         seed: of order, windows, negatives and dropout.
         item_counts: (N,) training events by item, where negatives are drawn by them.
+        teacher: a trained encoder over the same items, in evaluation mode; with the full softmax over a whole table.
+        teacher_share: weight of its distribution in the loss, in [0, 1]; the rest is the next item.
         parallel: this rank among those that train together.
         device: where the encoder runs.
         deadline: `time.time()` by which to end; the learning rate falls over the epochs that fit (at least one is run),
@@ -220,6 +230,8 @@ class EncoderTraining:
         *,
         seed: int,
         item_counts: np.ndarray | None = None,
+        teacher: InterestEncoder | None = None,
+        teacher_share: float = 0.0,
         parallel: Parallel | None = None,
         device: torch.device | str = "cpu",
         deadline: float | None = None,
@@ -240,7 +252,7 @@ class EncoderTraining:
         if config.compile:
             for block in encoder.blocks:
                 block.compile(dynamic=True)
-        self.module = self.parallel.wrap(_Trainee(encoder, config, self.parallel), self.table)
+        self.module = self.parallel.wrap(_Trainee(encoder, config, self.parallel, teacher, teacher_share), self.table)
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in encoder.named_parameters() if parameter is not self.table}
         self.optimizer = dense_optimizer(self.module, self.table, lr=config.lr, weight_decay=config.weight_decay)
         table_lr = config.lr if config.table_lr is None else config.table_lr

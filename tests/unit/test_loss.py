@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raysys.train.loss import full_softmax_loss, gbce_loss, sampled_softmax_loss
+from raysys.train.loss import distilled_softmax_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
 from raysys.train.negatives import Negatives
 
 
@@ -77,6 +77,24 @@ def test_sampled_softmax_tends_to_full_softmax(skewed):
     assert loss.item() == pytest.approx(expected.item(), rel=0.01)
     found, wanted = _gradients(loss, vectors)[0], _gradients(expected, vectors)[0]
     assert (found - wanted).norm() < 0.03 * wanted.norm()
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_distilled_softmax_is_cross_entropy_to_the_mixture(hidden):
+    states, vectors, targets = _problem()
+    taught, told, _ = _problem(D=5, seed=1)
+    seen = torch.randint(0, 50, (37, 6), generator=torch.Generator().manual_seed(3))
+    left_out = torch.zeros(37, 50, dtype=torch.bool).scatter_(1, seen, hidden).scatter_(1, targets[:, None], False)
+    goal = 0.3 * F.one_hot(targets, 50) + 0.7 * (taught @ told.T).masked_fill(left_out, float("-inf")).softmax(dim=1)
+    log_probs = (states @ vectors.T).masked_fill(left_out, float("-inf")).log_softmax(dim=1)
+    expected = -(goal * log_probs.masked_fill(left_out, 0.0)).sum()
+    given = {"teacher_states_PD": taught.detach(), "teacher_vectors_ND": told.detach(), "share": 0.7}
+    loss = distilled_softmax_loss(states, vectors, targets, **given, seen=(lambda rows: seen[rows]) if hidden else None, chunk=10)
+    torch.testing.assert_close(loss, expected)
+    for found, wanted in zip(_gradients(3 * loss, states, vectors), _gradients(3 * expected, states, vectors)):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    nothing = distilled_softmax_loss(states, vectors, targets, **{**given, "share": 0.0})
+    torch.testing.assert_close(nothing, full_softmax_loss(states, vectors, targets))
 
 
 def test_gbce_by_hand_and_at_its_ends():
