@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from raysys.bundle import Bundle
-from raysys.errors import ServeOverloaded
+from raysys.errors import ConfigError, ServeOverloaded
 from raysys.events.dead_letters import DeadLetters
 from raysys.events.log import Record, open_log
 from raysys.events.state import StateLimits, open_state
@@ -30,8 +30,12 @@ from raysys.pipeline import Pipeline
 from raysys.queries import Queries
 from raysys.registry import Registry
 from raysys.serve.catalogue import Catalogue, live_encoder
+from raysys.serve.exporter import Exporter
 from raysys.serve.http import create_app
+from raysys.serve.metrics import Metrics
+from raysys.serve.rate import Rate
 from raysys.serve.recommender import Recommender, RetrievedOne, Version, pad_candidates
+from raysys.serve.request import Budget
 
 LOG = logging.getLogger("ray.serve")
 POLL_S = 1.0
@@ -50,11 +54,15 @@ class Models:
 
     Args:
         registry: URI.
+        stage: name of what they compute, for the metrics.
         only: models to load.
+        device: where they compute, see `device_of`.
     """
 
-    def __init__(self, registry: str, only: tuple[str, ...] | None = None):
-        self.registry, self._only = Registry(registry), only
+    def __init__(self, registry: str, stage: str, only: tuple[str, ...], device: str):
+        self.registry, self._stage, self._only, self._device = Registry(registry), stage, only, device_of(device)
+        self._metrics = Metrics()
+        Exporter(self._metrics).run()
         self._loaded: OrderedDict[str, Pipeline] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -66,10 +74,31 @@ class Models:
         """
         with self._lock:
             if version not in self._loaded:
-                self._loaded[version] = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only))
+                self._loaded[version] = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only)).to(self._device)
                 while len(self._loaded) > KEEP_VERSIONS:
                     self._loaded.popitem(last=False)
             return self._loaded[version]
+
+    def answer(self, requests: list[Any], handle: Callable[[Pipeline, list[Any]], list[Any]]) -> list[Any]:
+        """One batch of requests, their version first in each, handled a version at a time.
+
+        Where a version fails, its requests get the exception as their answer: the others of the batch asked for something else.
+        """
+        started = time.perf_counter()
+        groups: dict[str, list[int]] = {}
+        for position, request in enumerate(requests):
+            groups.setdefault(request[0], []).append(position)
+        answers: list[Any] = [None] * len(requests)
+        for version, positions in groups.items():
+            try:
+                found = handle(self.get(version), [requests[position] for position in positions])
+            except Exception as error:
+                found = [error] * len(positions)
+            for position, answer in zip(positions, found, strict=True):
+                answers[position] = answer
+        self._metrics.batch_size.observe(len(requests), self._stage)
+        self._metrics.batch_ms.observe((time.perf_counter() - started) * 1000, self._stage)
+        return answers
 
     def load_current(self) -> Pipeline | None:
         """Load what the pointer names, before a request asks for it; None while nothing is published."""
@@ -92,6 +121,22 @@ class Models:
         threading.Thread(target=poll, daemon=True, name="follow-registry").start()
 
 
+def device_of(wanted: str) -> str:
+    """`cpu` or `cuda` as wanted, or with `auto` the GPU where this replica has one that torch can use (a logical one is none).
+
+    Raises:
+        ConfigError: `cuda` where there is none.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "args.device: expected a replica with a GPU for cuda, torch finds none; give Retrieval and Ranking num_gpus in ray_actor_options, "
+            "or set device: auto"
+        )
+    return "cuda"
+
+
 def warm_up(pipeline: Pipeline) -> None:
     """Run one request through, once a pipeline: the first call of torch and of lazy caches is the slow one."""
     if getattr(pipeline, "warm", False):
@@ -109,25 +154,6 @@ def warm_up(pipeline: Pipeline) -> None:
     pipeline.warm = True  # type: ignore[attr-defined]
 
 
-def _answer_by_version(models: Models, requests: list[Any], handle: Callable[[Pipeline, list[Any]], list[Any]]) -> list[Any]:
-    """One batch of requests, their version first in each, handled a version at a time.
-
-    Where a version fails, its requests get the exception as their answer: the others of the batch asked for something else.
-    """
-    groups: dict[str, list[int]] = {}
-    for position, request in enumerate(requests):
-        groups.setdefault(request[0], []).append(position)
-    answers: list[Any] = [None] * len(requests)
-    for version, positions in groups.items():
-        try:
-            found = handle(models.get(version), [requests[position] for position in positions])
-        except Exception as error:
-            found = [error] * len(positions)
-        for position, answer in zip(positions, found, strict=True):
-            answers[position] = answer
-    return answers
-
-
 @serve.deployment
 class Retrieval:
     """Candidates for many requests at once.
@@ -135,11 +161,12 @@ class Retrieval:
     Args:
         registry: URI.
         threads: torch threads of this replica.
+        device: `cpu`, `cuda`, or `auto`.
     """
 
-    def __init__(self, registry: str, threads: int = 1):
+    def __init__(self, registry: str, threads: int = 1, device: str = "cpu"):
         torch.set_num_threads(threads)
-        self._models = Models(registry, only=("interest", "covisit", "linear", "content", "popularity", "dot_product"))
+        self._models = Models(registry, "retrieval", ("interest", "covisit", "linear", "content", "popularity", "dot_product"), device)
         pipeline = self._models.load_current()
         if pipeline is not None:
             warm_up(pipeline)
@@ -148,7 +175,7 @@ class Retrieval:
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
     async def retrieve(self, requests: list[tuple[str, Queries, int, bytes | None, np.ndarray]]) -> list[RetrievedOne | Exception]:
         """(version, query, k, packed allowed bits or None, blocked rows) each."""
-        return _answer_by_version(self._models, requests, self._retrieve)
+        return self._models.answer(requests, self._retrieve)
 
     def _retrieve(self, pipeline: Pipeline, group: list[tuple]) -> list[RetrievedOne]:
         num_items = pipeline.num_items
@@ -188,11 +215,12 @@ class Ranking:
     Args:
         registry: URI.
         threads: torch threads of this replica.
+        device: `cpu`, `cuda`, or `auto`.
     """
 
-    def __init__(self, registry: str, threads: int = 1):
+    def __init__(self, registry: str, threads: int = 1, device: str = "cpu"):
         torch.set_num_threads(threads)
-        self._models = Models(registry, only=("ranker",))
+        self._models = Models(registry, "ranking", ("ranker",), device)
         pipeline = self._models.load_current()
         if pipeline is not None:
             warm_up(pipeline)
@@ -201,7 +229,7 @@ class Ranking:
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
     async def rank(self, requests: list[tuple[str, Queries, RetrievedOne]]) -> list[tuple[np.ndarray, np.ndarray] | Exception]:
         """(version, query, candidates) each."""
-        return _answer_by_version(self._models, requests, self._rank)
+        return self._models.answer(requests, self._rank)
 
     def _rank(self, pipeline: Pipeline, group: list[tuple]) -> list[tuple[np.ndarray, np.ndarray]]:
         candidates = pad_candidates([retrieved for _, _, retrieved in group])
@@ -314,6 +342,9 @@ class Ingress:
         ranking: handle.
         ingestion: handle.
         max_in_flight: requests at once; more are shed.
+        rate: what one client may do.
+        budget: time limits of a request.
+        followers: kept an item for answers without retrieval.
     """
 
     def __init__(
@@ -323,15 +354,20 @@ class Ingress:
         retrieval: DeploymentHandle,
         ranking: DeploymentHandle,
         ingestion: DeploymentHandle,
+        *,
         max_in_flight: int,
+        rate: Rate,
+        budget: Budget,
+        followers: int,
     ):
         self._registry = Registry(registry)
         self._registry_uri = registry
         self._problem: str | None = None
-        self._max_in_flight = max_in_flight
+        self._max_in_flight, self._rate, self._followers = max_in_flight, rate, followers
         self._writer = HandleWriter(ingestion)
         self._backend = HandleBackend(retrieval, ranking)
-        self._recommender = Recommender(open_state(state, patient=False), self._backend)
+        self._recommender = Recommender(open_state(state, patient=False), self._backend, budget=budget)
+        Exporter(self._recommender.metrics).run()
         self._tried: str | None = None
         self._follow_once()
         threading.Thread(target=self._follow, daemon=True, name="follow-registry").start()
@@ -345,6 +381,7 @@ class Ingress:
             not_ready=self._not_ready,
             started=self._try_stages,
             max_in_flight=self._max_in_flight,
+            rate=self._rate,
         )
 
     def _not_ready(self) -> str | None:
@@ -381,13 +418,13 @@ class Ingress:
             current = self._recommender.version
             if pointer is None or (current is not None and current.bundle.version == pointer.version):
                 return
-            bundle = Bundle.open(self._registry.bundle_uri(pointer.version), only=("content",))
+            bundle = Bundle.open(self._registry.bundle_uri(pointer.version), only=("content", "covisit") if self._followers else ("content",))
             catalogue = Catalogue(bundle.items, live_encoder(bundle))
             catalogue.apply(self._recommender.state.items_since(0))
             if current is not None:
                 # Retrieval and ranking poll at the same pace; give them the time to load before naming the version to them.
                 time.sleep(2 * POLL_S)
-            self._recommender.version = Version.of(bundle, catalogue)
+            self._recommender.version = Version.of(bundle, catalogue, self._followers)
             self._problem = None
             LOG.info("serving version %s", pointer.version)
             if bundle.key_problem:

@@ -43,6 +43,7 @@ from raysys.train.config import load_train_config
 from raysys.train.run import train
 from raysys.tune.run import tune
 from tests import planted
+from tests.traffic import Traffic
 
 SETTINGS = [
     "interest={dim: 16, num_layers: 1, max_length: 16, dropout: 0.1}",
@@ -315,3 +316,18 @@ def test_the_whole_road(nodes, prepared, bundle, at):
     # The head answers, other nodes score: each has fetched the version into a cache of its own.
     homes = {path.parents[2].name for path in nodes.folder.glob("node-*/cache/bundles/*")}
     assert "node-1" in homes and len(homes) >= 2
+
+
+@pytest.mark.slow
+def test_a_node_with_model_replicas_dies_under_load(nodes, bundle, at):
+    """Both worker nodes hold replicas of retrieval or ranking; answers of the moment are degraded, none is missing."""
+    Registry(at("registry")).publish(bundle)
+    with serving(nodes, at("registry")) as base_url, Traffic(base_url, clients=2) as traffic:
+        traffic.wait_until_sound()
+        killed = time.monotonic()
+        nodes.cluster.remove_node(nodes.workers.pop(0), allow_graceful=False)
+        traffic.wait_until(lambda seen: any(one.degraded for one in seen), since=killed)
+        nodes.workers.append(nodes.add())
+        traffic.wait_until_sound(timeout_s=120)
+    assert traffic.statuses() == {200}
+    assert {one.reason.partition(" (")[0] for one in traffic.seen if one.degraded} <= {"retrieval failed", "ranking failed"}
