@@ -183,10 +183,11 @@ class Metrics:
         return [sample for metric in self.all() for sample in metric.samples()]
 
     def counts(self) -> dict[str, int]:
-        """For people, in `GET /v1/models`: answers by strategy, failures by stage and exception."""
+        """For people, in `GET /v1/models`: answers by strategy, failures by stage and exception, what was lacking without a failure."""
         found: dict[str, int] = {}
-        for (_, strategy, _, _), total in self.answers.values.items():
-            found[f"strategy_{strategy}"] = found.get(f"strategy_{strategy}", 0) + int(total)
+        for (_, strategy, _, lack), total in self.answers.values.items():
+            for name in (f"strategy_{strategy}", *([f"degraded_{lack}"] if lack in ("user_key", "no_model") else [])):
+                found[name] = found.get(name, 0) + int(total)
         return found | {f"degraded_{stage}_{error}": int(total) for (stage, error), total in self.stage_failures.values.items()}
 
 

@@ -236,10 +236,7 @@ class Recommender:
             item for item in candidates if self.catalogue.known(item) and self.catalogue.attributes(item).get("available") is not False
         ]
         if version is None:
-            ranked = Ranked("popularity")
-            for item_id in usable:
-                ranked.append(item_id)
-            return self._answer(body, ranked, stages, strategy="fallback", lack=NO_MODEL)
+            return self._answer(body, Ranked("popularity").with_rest(usable), stages, strategy="fallback", lack=NO_MODEL)
         query = self._query(version, history)
         rows = np.array([row for item in usable if (row := version.catalogue.index.get(item)) is not None], np.int64)
         strategy, lack = self._checked(version, body.user_id, query, strategy)
@@ -255,7 +252,7 @@ class Recommender:
             failed = self._failed("retrieval", error)
             stages.mark("retrieval")
             ranked = self._fallback(len(usable), query, set(), set(usable), {})
-            return self._answer(body, ranked, stages, strategy="fallback", lack=failed)
+            return self._answer(body, ranked.with_rest(candidates), stages, strategy="fallback", lack=failed)
         stages.mark("retrieval")
         scores, probabilities, unranked = await self._rank(version, query, retrieved, deadline)
         lack = lack or unranked or unread
@@ -263,11 +260,7 @@ class Recommender:
         order = np.argsort(-scores, kind="stable")
         ranked = self._ranked(version, query, retrieved, order, scores, probabilities, by="retrieval" if unranked else "ranking")
         reasons = await self._reasons(version, query, ranked, deadline) if body.explain else None
-        placed = set(ranked.item_ids)
-        for item_id in candidates:
-            if item_id not in placed:
-                ranked.append(item_id)
-        return self._answer(body, ranked, stages, strategy=strategy, lack=lack, reasons=reasons)
+        return self._answer(body, ranked.with_rest(candidates), stages, strategy=strategy, lack=lack, reasons=reasons)
 
     async def similar(self, item_id: str, n: int, deadline: Deadline | None = None) -> dict[str, Any]:
         """Answer `GET /v1/items/{item_id}/similar`: what follows from that item alone; for one that no model knows yet, by content."""

@@ -4,6 +4,7 @@ Legend: n items of the list.
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -107,3 +108,11 @@ class Ranked:
         self.scores.append(score)
         self.probabilities.append(None)
         self.sources.append([source] if source else [])
+
+    def with_rest(self, item_ids: Iterable[str]) -> "Ranked":
+        """This list, and behind it those of these items that are not in it, without a score."""
+        placed = set(self.item_ids)
+        for item_id in item_ids:
+            if item_id not in placed:
+                self.append(item_id)
+        return self
