@@ -4,7 +4,9 @@
 
 Needs no GPU: nodes with one logical GPU each come from Ray's fake node provider and its real autoscaler, on this machine. Retrieval
 asks for a GPU as in deploy/serve_config.gpu.yaml and waits 50 ms a batch, without computing, for the time that a device would take;
-what the processors here can compute is not what is scaled. Leaves `elastic.json` (the shape that benchmarks/scale/README.md describes) and `elastic.png`.
+what the processors here can compute is not what is scaled.
+
+Leaves `elastic.json` (the shape that benchmarks/scale/README.md describes) and `elastic.png`.
 """
 
 import argparse
@@ -32,7 +34,14 @@ from raysys.serve.settings import FAST_SETTINGS
 HERE = Path(__file__).resolve().parent
 GPU_CONFIG = HERE.parents[1] / "deploy" / "serve_config.gpu.yaml"
 QUIET_S, PATIENCE_S, WINDOW_S = 15.0, 180.0, 2.0
-SCALING = {"min_replicas": 1, "target_ongoing_requests": 3, "upscale_delay_s": 2, "downscale_delay_s": 8, "metrics_interval_s": 1, "look_back_period_s": 4}
+SCALING = {
+    "min_replicas": 1,
+    "target_ongoing_requests": 3,
+    "upscale_delay_s": 2,
+    "downscale_delay_s": 8,
+    "metrics_interval_s": 1,
+    "look_back_period_s": 4,
+}
 """As in deploy/, but a load of a few clients counts and nobody waits for minutes."""
 
 
@@ -107,7 +116,9 @@ def cluster(folder: str, nodes: int) -> Iterator[str]:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", f"--autoscaling-config={path}"]
     flags = ["--num-cpus=2", "--num-gpus=0", "--include-dashboard=false", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
     try:
-        subprocess.run([*command, *flags], env=environment, check=True, stdout=(Path(folder) / "ray.log").open("wb"), stderr=subprocess.STDOUT)
+        subprocess.run(
+            [*command, *flags], env=environment, check=True, stdout=(Path(folder) / "ray.log").open("wb"), stderr=subprocess.STDOUT
+        )
         yield f"127.0.0.1:{port}"
     finally:
         for pid in family(f"{MARKER}={token}".encode()):

@@ -37,12 +37,16 @@ class AppArgs(BaseModel):
     )
     threads: int = Field(1, ge=1, description="torch threads of each retrieval and ranking replica")
     max_in_flight: int = Field(150, ge=1, description="requests an ingress replica works on at once; more get 503 and Retry-After")
-    deadline_ms: int = Field(3000, ge=1, le=MAX_DEADLINE_MS, description="an answer is due so long after its request, where X-Deadline-Ms says nothing")
+    deadline_ms: int = Field(
+        3000, ge=1, le=MAX_DEADLINE_MS, description="an answer is due so long after its request, where X-Deadline-Ms says nothing"
+    )
     retrieval_ms: int = Field(2000, ge=1, description="retrieval is waited for so long; later, co-visitation and popularity answer")
     ranking_ms: int = Field(1000, ge=1, description="ranking is waited for so long; later, the answer keeps retrieval's order")
     rate_limit: float = Field(0.0, ge=0, description="requests a second of one client and ingress replica; more get 429; 0 for no limit")
     rate_burst: int = Field(20, ge=1, description="requests of one client at once after a quiet time, where there is a rate limit")
-    followers: int = Field(20, ge=0, le=500, description="co-visited items kept an item in the ingress, for answers without retrieval; 0 for none")
+    followers: int = Field(
+        20, ge=0, le=500, description="co-visited items kept an item in the ingress, for answers without retrieval; 0 for none"
+    )
     history_events: int = Field(500, ge=1, le=10_000, description="events kept a user in the online state")
     pseudonyms: bool = Field(False, description="write keyed hashes instead of user and session ids to the event log")
     dead_letters: str | None = Field(None, description="folder of refused records; default beside a local log, else under RAYSYS_HOME")

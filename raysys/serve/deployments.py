@@ -131,8 +131,8 @@ def device_of(wanted: str) -> str:
         return "cpu"
     if not torch.cuda.is_available():
         raise ConfigError(
-            "args.device: expected a replica with a GPU for cuda, torch finds none; give Retrieval and Ranking num_gpus in ray_actor_options, "
-            "or set device: auto"
+            "args.device: expected a replica with a GPU for cuda, torch finds none; "
+            "give Retrieval and Ranking num_gpus in ray_actor_options, or set device: auto"
         )
     return "cuda"
 
@@ -418,7 +418,9 @@ class Ingress:
             current = self._recommender.version
             if pointer is None or (current is not None and current.bundle.version == pointer.version):
                 return
-            bundle = Bundle.open(self._registry.bundle_uri(pointer.version), only=("content", "covisit") if self._followers else ("content",))
+            bundle = Bundle.open(
+                self._registry.bundle_uri(pointer.version), only=("content", "covisit") if self._followers else ("content",)
+            )
             catalogue = Catalogue(bundle.items, live_encoder(bundle))
             catalogue.apply(self._recommender.state.items_since(0))
             if current is not None:

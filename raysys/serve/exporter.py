@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from typing import Any
 
 from ray.serve import metrics as ray_metrics
 
@@ -67,5 +68,5 @@ class Exporter:
         return self._texts.get(name) or self._texts[name.rpartition("_")[0]]
 
 
-def _names(sample: Sample) -> tuple[str, ...]:
+def _names(sample: Sample) -> Any:  # Serve types it as a tuple of one
     return tuple(name for name, _ in sample.labels)

@@ -153,9 +153,16 @@ class Metrics:
         self.refused = Counter("raysys_refused", "requests refused before they were read", "why")
         self.in_flight = Gauge("raysys_in_flight", "requests that this ingress replica works on")
         self.answers = Counter(
-            "raysys_answers", "answers by what was asked, strategy, last stage that ordered them, why degraded", "call", "strategy", "by", "lack"
+            "raysys_answers",
+            "answers by what was asked, strategy, last stage that ordered them, why degraded",
+            "call",
+            "strategy",
+            "by",
+            "lack",
         )
-        self.stage_ms = Histogram("raysys_stage_ms", "milliseconds of each stage of an answer, and of the whole", "stage", bounds=MS_BUCKETS)
+        self.stage_ms = Histogram(
+            "raysys_stage_ms", "milliseconds of each stage of an answer, and of the whole", "stage", bounds=MS_BUCKETS
+        )
         self.candidates = Histogram("raysys_candidates", "items that retrieval handed to ranking", bounds=COUNT_BUCKETS)
         self.stage_failures = Counter("raysys_stage_failures", "stages that failed or were late, by exception", "stage", "error")
         self.filter_masks = Counter("raysys_filter_masks", "filters asked for, and those whose mask was kept from before", "found")
@@ -166,7 +173,9 @@ class Metrics:
         self.impressions_dropped = Gauge("raysys_impressions_dropped", "impressions lost since the start because the log was behind")
         self.model_info = Gauge("raysys_model_info", "1 for the version in use", "version")
         self.model_age_s = Gauge("raysys_model_age_seconds", "seconds since the version in use was made")
-        self.newest_event_age_s = Gauge("raysys_newest_learnt_event_age_seconds", "seconds since the newest event that the version in use has learnt from")
+        self.newest_event_age_s = Gauge(
+            "raysys_newest_learnt_event_age_seconds", "seconds since the newest event that the version in use has learnt from"
+        )
         self.batch_size = Histogram("raysys_batch_size", "requests that a model replica computed together", "stage", bounds=COUNT_BUCKETS)
         self.batch_ms = Histogram("raysys_batch_ms", "milliseconds that a model replica computed for a batch", "stage", bounds=MS_BUCKETS)
         self.before_export: list[Callable[[], None]] = []

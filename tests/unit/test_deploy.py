@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
+from pydantic import BaseModel
 from ray.serve.schema import ServeDeploySchema
 
 from raysys.cli import build_parser
@@ -47,9 +48,9 @@ def unknown_keys(given: dict, parsed, where: str = "") -> list[str]:
             found.append(f"{where}{name}")
             continue
         below = getattr(parsed, name)
-        if isinstance(value, dict) and hasattr(below, "model_fields"):
+        if isinstance(value, dict) and isinstance(below, BaseModel):
             found += unknown_keys(value, below, f"{where}{name}.")
-        elif isinstance(value, list) and below and hasattr(below[0], "model_fields"):
+        elif isinstance(value, list) and below and isinstance(below[0], BaseModel):
             found += [key for one, model in zip(value, below, strict=True) for key in unknown_keys(one, model, f"{where}{name}.")]
     return found
 
@@ -232,7 +233,8 @@ def test_some_pod_has_room_for_every_replica():
     for deployment in of_kuberay()["applications"][0]["deployments"]:
         needs = deployment["ray_actor_options"]
         assert any(
-            float(limit["cpu"]) >= needs["num_cpus"] and float(limit.get("nvidia.com/gpu", 0)) >= needs.get("num_gpus", 0) for limit in limits
+            float(limit["cpu"]) >= needs["num_cpus"] and float(limit.get("nvidia.com/gpu", 0)) >= needs.get("num_gpus", 0)
+            for limit in limits
         )
 
 

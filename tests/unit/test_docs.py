@@ -132,7 +132,12 @@ def test_app_arguments_stand_in_the_serve_config():
 def test_calls_limits_and_settings_stand_in_the_serving_page():
     page = TEXTS["docs/serving.md"]
     app = create_app(
-        SimpleNamespace(state=None, metrics=Metrics(), trouble=Trouble()), SimpleNamespace(post=None), models=list, not_ready=lambda: None, api_key="k")
+        SimpleNamespace(state=None, metrics=Metrics(), trouble=Trouble()),
+        SimpleNamespace(post=None),
+        models=list,
+        not_ready=lambda: None,
+        api_key="k",
+    )
     calls = [f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods]
     assert len(calls) > 12
     assert [call for call in calls if f"`{call}`" not in page] == []

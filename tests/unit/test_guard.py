@@ -229,7 +229,9 @@ def test_the_ladder_heeds_filters_exclusions_and_deletions(world):
     assert everything[0] not in world.ids(user_id="user-1", n=100)
     assert world.ids(user_id="user-1", n=5, exclude=everything[:3])[0] == everything[3]
     assert set(world.ids(user_id="user-1", n=50, include=everything[4:7])) == set(everything[4:7])
-    assert {item for item in world.ids(history=["item-019"], n=50, filter={"year": 1983})} == {f"item-{row:03d}" for row in range(3, 120, 20)}
+    assert {item for item in world.ids(history=["item-019"], n=50, filter={"year": 1983})} == {
+        f"item-{row:03d}" for row in range(3, 120, 20)
+    }
     ranked = world.client.post("/v1/rank", json={"user_id": "user-1", "candidates": ["item-100", everything[1], "item-070"]}).json()
     assert ranked["items"][0]["item_id"] == everything[1] and ranked["degraded"]
 

@@ -50,9 +50,9 @@ def test_a_histogram_becomes_cumulative_buckets():
 def test_label_values_are_bounded(kind):
     metric = kind("m", "text", "error", **({"bounds": COUNT_BUCKETS} if kind is Histogram else {}))
     for at in range(3 * MAX_SERIES):
-        {"Counter": lambda n: metric.add(n), "Gauge": lambda n: metric.set(1, n), "Histogram": lambda n: metric.observe(1, n)}[kind.__name__](
-            f"error-{at}"
-        )
+        {"Counter": lambda n: metric.add(n), "Gauge": lambda n: metric.set(1, n), "Histogram": lambda n: metric.observe(1, n)}[
+            kind.__name__
+        ](f"error-{at}")
     series = {labels[0] for _, labels in exported(metric)}
     assert len(series) == MAX_SERIES + 1 and ("error", OTHER) in series
 
@@ -121,7 +121,9 @@ def test_answers_events_and_refusals_are_counted(world):
     assert sum(metrics.visible_ms.counts[()]) == 1 and 0 < metrics.visible_ms.sums[()] < 5000
     for stage in ("state", "retrieval", "ranking", "rerank", "whole"):
         assert sum(metrics.stage_ms.counts[(stage,)]) == 5
-    assert metrics.stage_ms.sums[("whole",)] >= sum(metrics.stage_ms.sums[(stage,)] for stage in ("state", "retrieval", "ranking", "rerank"))
+    assert metrics.stage_ms.sums[("whole",)] >= sum(
+        metrics.stage_ms.sums[(stage,)] for stage in ("state", "retrieval", "ranking", "rerank")
+    )
     assert world.client.get("/v1/models").json()["counts"] == {
         "strategy_personalized": 4,
         "strategy_cold_start": 1,
@@ -132,6 +134,7 @@ def test_answers_events_and_refusals_are_counted(world):
 def test_gauges_are_of_the_moment_of_export(world):
     metrics = world.recommender.metrics
     version = world.recommender.version.bundle.version
+    world.client.get("/health/live")
     found = {sample.name: sample for sample in metrics.samples()}
     assert found["raysys_model_info"].labels == (("version", version),) and found["raysys_in_flight"].value == 0
     assert found["raysys_newest_learnt_event_age_seconds"].value == NOW - 1_700_100_000
