@@ -10,7 +10,8 @@
     |-- StateError                    event log or user state cannot be used
     |   `-- StateBehind               the state lacks records that the log has
     |-- ServeOverloaded               shed; the client may retry later
-    `-- DeadlineExceeded              the request ran out of time
+    |-- DeadlineExceeded              the request ran out of time
+    `-- StageUnavailable              a stage failed too often in a row and is left alone for a moment
 
 Messages say what was expected, what was found and what to do. Arguments reach
 `super().__init__` unchanged, because an exception that does not pass them on
@@ -60,3 +61,7 @@ class ServeOverloaded(RaysysError):
 
 class DeadlineExceeded(RaysysError):
     """A request ran out of its time budget."""
+
+
+class StageUnavailable(RaysysError):
+    """A stage of an answer failed too often in a row and is not asked for a moment."""

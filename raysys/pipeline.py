@@ -73,6 +73,13 @@ class Pipeline:
             name: models[name] for name, weight in fusion.weights.items() if name in models and (weight > 0 or name in looked_at)
         }
 
+    def to(self, device: str) -> "Pipeline":
+        """Compute on this device of torch from now on, where a model uses torch at all; the others stay as they are."""
+        for model in self.bundle.models.values():
+            if hasattr(model, "to"):
+                model.to(device)
+        return self
+
     @property
     def num_items(self) -> int:
         """N, items with a model row."""

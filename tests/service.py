@@ -7,6 +7,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from raysys import config
+
+ROOT = Path(__file__).parents[1]
+
 
 def call(base_url: str, method: str, path: str, body: object = None) -> tuple[int, dict]:
     data = None if body is None else json.dumps(body).encode()
@@ -41,3 +45,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def apart_config() -> dict:
+    """serve_config.yaml with retrieval and ranking in deployments of their own, as its comments say."""
+    values = config.read_yaml(str(ROOT / "serve_config.yaml"))
+    application = values["applications"][0]
+    application["args"] = {"placement": "apart"}
+    application["deployments"] += [{"name": name, "ray_actor_options": {"num_cpus": 0.3}} for name in ("Retrieval", "Ranking")]
+    return values

@@ -14,7 +14,8 @@ from raysys.pipeline import Pipeline
 from raysys.queries import Queries
 from raysys.serve.catalogue import Catalogue, live_encoder
 from raysys.serve.http import create_app
-from raysys.serve.recommender import Budget, Recommender, RetrievedOne, Version, pad_candidates
+from raysys.serve.recommender import Recommender, RetrievedOne, Version, pad_candidates
+from raysys.serve.request import Budget
 
 NOW = 1_700_200_000.0
 

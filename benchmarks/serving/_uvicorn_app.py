@@ -10,6 +10,7 @@ from raysys.events.state import StateLimits, open_state
 from raysys.events.store import EventStore
 from raysys.serve.catalogue import Catalogue, live_encoder
 from raysys.serve.http import create_app
+from raysys.serve.metrics import Metrics
 from raysys.serve.models import Compute, Models, warm_up
 from raysys.serve.recommender import Recommender, Version
 from raysys.serve.together import TogetherBackend
@@ -34,7 +35,7 @@ class Writer:
 
 
 def main(registry: str, events: str, state: str, port: int) -> None:
-    models = Models(registry, Compute())
+    models = Models(registry, Compute(), Metrics())
     pipeline = models.load_current()
     assert pipeline is not None, "publish a bundle first"
     warm_up(pipeline)

@@ -294,6 +294,7 @@ class InterestRetriever:
         self.encoder = copy.deepcopy(encoder).eval().cpu()
         self.warm = warm.astype(bool)
         self.item_vectors = self.encoder.item_vectors().detach().numpy().copy()
+        self._items: Tensor | None = None  # the same on another device, where `to` moved them
         self._remembered: Remembered | None = None
 
     def remember(self, size: int) -> None:
@@ -305,17 +306,25 @@ class InterestRetriever:
         """Wrap a trained encoder; `item_counts` are (N,) training interactions."""
         return cls(encoder, np.asarray(item_counts) > 0)
 
+    def to(self, device: str) -> None:
+        """Compute on this device of torch from now on: the encoder, and the product with all items."""
+        self.encoder.to(device)
+        self._items = None if device == "cpu" else torch.from_numpy(self.item_vectors).to(device)
+
     def user_vectors(self, queries: Queries) -> np.ndarray:
         """(B, D) float32 state after the last event; zero for an empty history."""
         return self._encode(queries) if self._remembered is None or not len(queries) else self._remembered(queries)
 
     @torch.inference_mode()  # a third faster than without gradients alone
     def _encode(self, queries: Queries) -> np.ndarray:
-        return user_states(self.encoder, queries).numpy()
+        return user_states(self.encoder, queries).cpu().numpy()
 
     def scores(self, queries: Queries) -> np.ndarray:
         """(B, N) float32 logits; zero for an empty history, NO_EVIDENCE for items never interacted with and for seen ones if excluded."""
-        scores = self.user_vectors(queries) @ self.item_vectors.T
+        if self._items is None:
+            scores = self.user_vectors(queries) @ self.item_vectors.T
+        else:
+            scores = (user_states(self.encoder, queries) @ self._items.T).cpu().numpy()
         scores[:, ~self.warm] = NO_EVIDENCE
         if self.encoder.config.exclude_seen:
             scores[queries.rows, queries.items] = NO_EVIDENCE

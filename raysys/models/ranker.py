@@ -158,6 +158,10 @@ class Ranker:
         self.network, self.sources, self.calibration = network.eval(), tuple(sources), calibration
         self.label, self.negatives = label, negatives
 
+    def to(self, device: str) -> None:
+        """Compute on this device of torch from now on."""
+        self.network.to(device)
+
     def score(self, queries: Queries, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
         """Relevance logits and calibrated probabilities.
 
@@ -175,7 +179,9 @@ class Ranker:
         candidates = replace(candidates, log_probs=candidates.log_probs[:, :, columns], sources=self.sources)
         padding = candidates.items < 0
         with torch.inference_mode():
-            relevance, like = self.network(*network_inputs(self.network, queries, candidates))
+            device = self.network.popularity.device
+            inputs = network_inputs(self.network, queries, candidates)
+            relevance, like = (logits.cpu() for logits in self.network(*(tensor.to(device) for tensor in inputs)))
         logits = relevance.numpy()
         logits[padding] = -np.inf
         if self.calibration is None:

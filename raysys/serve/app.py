@@ -17,6 +17,8 @@ from raysys.errors import ConfigError
 from raysys.events.dead_letters import dead_letter_folder
 from raysys.serve import deployments
 from raysys.serve.models import Compute
+from raysys.serve.rate import Rate
+from raysys.serve.request import MAX_DEADLINE_MS, Budget
 from raysys.serve.settings import FAST_SETTINGS
 
 LOCAL_NODE = {"resources": {"node:__internal_head__": 0.001}}
@@ -34,20 +36,38 @@ class AppArgs(BaseModel):
     placement: Literal["together", "apart"] = Field(
         "together", description="models in the ingress replicas, without a hop; or in deployments of their own, on other nodes or GPUs"
     )
+    device: Literal["cpu", "cuda", "auto"] = Field(
+        "cpu", description="where models compute; auto: on the GPU that num_gpus gave to those that do, else on the CPU"
+    )
     threads: int = Field(1, ge=1, description="torch threads of each replica that computes")
     cached_histories: int = Field(20_000, ge=0, description="histories whose encoded vectors a replica keeps; about 500 bytes each")
     max_in_flight: int = Field(150, ge=1, description="requests an ingress replica works on at once; more get 503 and Retry-After")
+    deadline_ms: int = Field(
+        3000, ge=1, le=MAX_DEADLINE_MS, description="an answer is due so long after its request, where X-Deadline-Ms says nothing"
+    )
+    retrieval_ms: int = Field(2000, ge=1, description="retrieval is waited for so long; later, co-visitation and popularity answer")
+    ranking_ms: int = Field(1000, ge=1, description="ranking is waited for so long; later, the answer keeps retrieval's order")
+    rate_limit: float = Field(0.0, ge=0, description="requests a second of one client and ingress replica; more get 429; 0 for no limit")
+    rate_burst: int = Field(20, ge=1, description="requests of one client at once after a quiet time, where there is a rate limit")
+    followers: int = Field(
+        20, ge=0, le=500, description="co-visited items kept an item in the ingress, for answers without retrieval; 0 for none"
+    )
     history_events: int = Field(500, ge=1, le=10_000, description="events kept a user in the online state")
     pseudonyms: bool = Field(False, description="write keyed hashes instead of user and session ids to the event log")
     dead_letters: str | None = Field(None, description="folder of refused records; default beside a local log, else under RAYSYS_HOME")
 
 
 def build(args: AppArgs) -> Application:
-    """Bind ingress and ingestion, and retrieval and ranking where they are apart.
+    """What `import_path` of serve_config.yaml names.
 
     Raises:
         ConfigError: a relative location.
     """
+    return assemble(args, *(_deployment(name) for name in ("Ingress", "Retrieval", "Ranking", "Ingestion")))
+
+
+def assemble(args: AppArgs, ingress: Deployment, retrieval: Deployment, ranking: Deployment, ingestion: Deployment) -> Application:
+    """Bind the deployments to each other, retrieval and ranking only where they are apart; see `build`."""
     registry, events, state = (_location(name, getattr(args, name)) for name in ("registry", "events", "state"))
     missing = [name for name, value in FAST_SETTINGS.items() if os.environ.get(name) != value]
     if missing:
@@ -57,12 +77,21 @@ def build(args: AppArgs) -> Application:
     on_node = LOCAL_NODE if storage.is_local(state) or storage.is_local(events) else {}
     if on_node and len([node for node in ray.nodes() if node["Alive"]]) > 1 and not storage.is_local(registry):
         logging.getLogger("ray.serve").warning("log and state are embedded: ingress and ingestion stay on the head node")
-    ingress, retrieval, ranking, ingestion = (_deployment(name) for name in ("Ingress", "Retrieval", "Ranking", "Ingestion"))
-    compute = Compute(args.threads, args.cached_histories)
+    compute = Compute(args.threads, args.device, args.cached_histories)
     stages = tuple(stage.bind(registry, compute) for stage in (retrieval, ranking)) if args.placement == "apart" else None
     refused = dead_letter_folder(events, args.dead_letters and _location("dead_letters", args.dead_letters))
     writer = ingestion.options(ray_actor_options=_actor(on_node)).bind(events, state, args.history_events, args.pseudonyms, refused)
-    return ingress.options(ray_actor_options=_actor(on_node)).bind(registry, state, stages, writer, args.max_in_flight, compute)
+    return ingress.options(ray_actor_options=_actor(on_node)).bind(
+        registry,
+        state,
+        stages,
+        writer,
+        compute=compute,
+        max_in_flight=args.max_in_flight,
+        rate=Rate(args.rate_limit, args.rate_burst),
+        budget=Budget(args.deadline_ms / 1000, args.retrieval_ms / 1000, args.ranking_ms / 1000),
+        followers=args.followers,
+    )
 
 
 def _deployment(name: str) -> Deployment:

@@ -47,6 +47,7 @@ class Catalogue:
         available = items["available"].fill_null(True).to_numpy() if "available" in items.column_names else np.ones(len(self.item_ids))
         self.available = available.astype(bool)
         self._masks: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self.masks_made = 0
 
     def apply(self, changes: Iterable[tuple[str, ItemState]]) -> None:
         """Take in item changes in their order."""
@@ -81,6 +82,14 @@ class Catalogue:
         """Whether the item exists and is not deleted."""
         state = self.overlay.get(item_id)
         return not state.deleted if state is not None else item_id in self.index
+
+    def showable(self, item_id: str) -> bool:
+        """Whether the item may be answered: neither deleted nor marked as not available."""
+        row = self.index.get(item_id)
+        if row is not None:
+            return bool(self.available[row])
+        state = self.overlay.get(item_id)
+        return state is None or (not state.deleted and self.attributes(item_id).get("available") is not False)
 
     def attributes(self, item_id: str) -> dict[str, Any]:
         """All attributes of an item, without nulls; empty for an unknown or deleted one."""
@@ -128,6 +137,7 @@ class Catalogue:
             if row is not None:
                 mask[row] = self.matches(item_id, compiled)
         self._masks[key] = mask
+        self.masks_made += 1
         if len(self._masks) > FILTER_CACHE:
             self._masks.popitem(last=False)
         return mask

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 from fastapi import FastAPI
@@ -24,7 +25,9 @@ from raysys.events.store import EventStore
 from raysys.queries import Queries
 from raysys.registry import Registry
 from raysys.serve.catalogue import Catalogue, live_encoder
+from raysys.serve.exporter import Exporter
 from raysys.serve.http import create_app
+from raysys.serve.metrics import Metrics
 from raysys.serve.models import (
     POLL_S,
     RETRIEVAL_MODELS,
@@ -32,13 +35,14 @@ from raysys.serve.models import (
     Models,
     RankRequest,
     RetrieveRequest,
-    answer_by_version,
     explain_one,
     rank_many,
     retrieve_many,
     warm_up,
 )
+from raysys.serve.rate import Rate
 from raysys.serve.recommender import Backend, Recommender, RetrievedOne, Version
+from raysys.serve.request import Budget
 from raysys.serve.together import MAX_BATCH, TogetherBackend, raised
 
 LOG = logging.getLogger("ray.serve")
@@ -47,6 +51,12 @@ WRITE_RETRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 TRY_S = 30.0
 """Patience with the first request, which a replica sends itself before it is ready, seconds a stage."""
 NOTHING_PUBLISHED = "no model published; run `raysys train --prepared DIR --out BUNDLE`, then `raysys publish BUNDLE --registry {registry}`"
+
+
+def _exported(metrics: Metrics) -> Metrics:
+    """The metrics, handed on to Prometheus from now on."""
+    Exporter(metrics).run()
+    return metrics
 
 
 @serve.deployment
@@ -59,7 +69,7 @@ class Retrieval:
     """
 
     def __init__(self, registry: str, compute: Compute):
-        self._models = Models(registry, compute, only=RETRIEVAL_MODELS)
+        self._models = Models(registry, compute, _exported(Metrics()), only=RETRIEVAL_MODELS)
         pipeline = self._models.load_current()
         if pipeline is not None:
             warm_up(pipeline)
@@ -68,7 +78,7 @@ class Retrieval:
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.0)
     async def retrieve(self, requests: list[RetrieveRequest]) -> list[RetrievedOne | Exception]:
         """See `retrieve_many`."""
-        return answer_by_version(self._models, requests, retrieve_many)
+        return self._models.answer("retrieval", requests, retrieve_many)
 
     async def explain(self, version: str, query: Queries, items: np.ndarray) -> list[tuple[str, int | None]]:
         """See `explain_one`."""
@@ -85,7 +95,7 @@ class Ranking:
     """
 
     def __init__(self, registry: str, compute: Compute):
-        self._models = Models(registry, compute, only=("ranker",))
+        self._models = Models(registry, compute, _exported(Metrics()), only=("ranker",))
         pipeline = self._models.load_current()
         if pipeline is not None:
             warm_up(pipeline)
@@ -94,7 +104,7 @@ class Ranking:
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.0)
     async def rank(self, requests: list[RankRequest]) -> list[tuple[np.ndarray, np.ndarray] | Exception]:
         """See `rank_many`."""
-        return answer_by_version(self._models, requests, rank_many)
+        return self._models.answer("ranking", requests, rank_many)
 
 
 @serve.deployment
@@ -192,8 +202,11 @@ class Ingress:
         state: URI of the online state.
         stages: handles of retrieval and ranking; None to compute here.
         ingestion: handle.
-        max_in_flight: requests at once; more are shed.
         compute: settings, where it computes.
+        max_in_flight: requests at once; more are shed.
+        rate: what one client may do.
+        budget: time limits of a request.
+        followers: kept an item for answers without retrieval.
     """
 
     def __init__(
@@ -202,19 +215,25 @@ class Ingress:
         state: str,
         stages: tuple[DeploymentHandle, DeploymentHandle] | None,
         ingestion: DeploymentHandle,
-        max_in_flight: int,
+        *,
         compute: Compute,
+        max_in_flight: int,
+        rate: Rate,
+        budget: Budget,
+        followers: int,
     ):
         self._registry = Registry(registry)
         self._registry_uri = registry
         self._problem: str | None = None
-        self._max_in_flight = max_in_flight
+        self._max_in_flight, self._rate, self._followers = max_in_flight, rate, followers
         self._writer = HandleWriter(ingestion)
-        # The models of the ingress: all of them where it computes, else what placing live items takes.
-        self._models = Models(registry, compute, only=("content",) if stages else None)
+        # All models where the ingress computes, else what placing live items and answering without retrieval takes.
+        self._computes_here, metrics = stages is None, Metrics()
+        only = None if self._computes_here else ("content", "covisit") if followers else ("content",)
+        # Where it does not compute, no GPU was given to it.
+        self._models = Models(registry, compute if self._computes_here else replace(compute, device="cpu"), metrics, only)
         self._backend: Backend = HandleBackend(*stages) if stages else TogetherBackend(self._models)
-        self._computes_here = stages is None
-        self._recommender = Recommender(open_state(state, patient=False), self._backend)
+        self._recommender = Recommender(open_state(state, patient=False), self._backend, budget=budget, metrics=_exported(metrics))
         self._tried: str | None = None
         self._follow_once()
         threading.Thread(target=self._follow, daemon=True, name="follow-registry").start()
@@ -228,6 +247,7 @@ class Ingress:
             not_ready=self._not_ready,
             started=self._try_stages,
             max_in_flight=self._max_in_flight,
+            rate=self._rate,
         )
 
     def _not_ready(self) -> str | None:
@@ -273,7 +293,10 @@ class Ingress:
             elif current is not None:
                 # Retrieval and ranking poll at the same pace; give them the time to load before naming the version to them.
                 time.sleep(2 * POLL_S)
-            self._recommender.version = Version.of(bundle, catalogue)
+            version = Version.of(bundle, catalogue, self._followers)
+            if not self._computes_here:
+                bundle.models.pop("covisit", None)  # its counts take several times the memory of the followers that are kept
+            self._recommender.version = version
             self._problem = None
             LOG.info("serving version %s", pointer.version)
             if bundle.key_problem:

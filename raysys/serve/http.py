@@ -1,11 +1,10 @@
 """The HTTP API as a FastAPI app over a `Recommender` and a writer. No Ray here, so it is tested without it.
 
 The calls stand in asking.py and telling.py; what is refused before a body is read in
-guard.py; bodies and errors in replies.py; the description in openapi.py.
+guard.py (keys.py, rate.py); bodies and errors in replies.py; the description in openapi.py.
 """
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -15,9 +14,11 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse, Response
 
 from raysys.serve.asking import asking
-from raysys.serve.guard import KEY_VARIABLE, Guard
+from raysys.serve.guard import Guard
 from raysys.serve.ingest import ImpressionBuffer
+from raysys.serve.keys import Keys
 from raysys.serve.openapi import described_app
+from raysys.serve.rate import Rate, RateLimit
 from raysys.serve.recommender import Recommender
 from raysys.serve.replies import JSON, error_response, install_error_replies
 from raysys.serve.telling import Writer, telling_events, telling_items, telling_users
@@ -38,6 +39,7 @@ def create_app(
     clock: Callable[[], float] = time.time,
     api_key: str | None = None,
     max_in_flight: int = 150,
+    rate: Rate | None = None,
 ) -> FastAPI:
     """All calls of the API.
 
@@ -48,16 +50,20 @@ def create_app(
         not_ready: the reason why `/health/ready` says 503, None when ready.
         started: runs beside the first requests, on the loop that answers them.
         clock: UTC epoch seconds now.
+        api_key: expected in `X-API-Key`; default from the environment (keys.py), no check without one.
         max_in_flight: requests worked on at once; more are answered with 503 and Retry-After.
-        api_key: expected in `X-API-Key`; default from the environment, no check without one.
+        rate: what one client may do; more is answered with 429 and Retry-After. No limit when None.
+
+    Raises:
+        ConfigError: the file of keys cannot be read.
     """
-    impressions = ImpressionBuffer(writer.post)
+    metrics, impressions = recommender.metrics, ImpressionBuffer(writer.post)
+    metrics.before_export.append(lambda: metrics.impressions_dropped.set(impressions.dropped))
     app = described_app(_beside(impressions.keep_flushing, *([started] if started else [])))
-    expected_key = (api_key or os.environ.get(KEY_VARIABLE) or "").encode()
-    app.add_middleware(Guard, expected_key=expected_key, max_in_flight=max_in_flight)
-    install_error_replies(app)
+    app.add_middleware(Guard, keys=Keys(api_key), limit=RateLimit(rate or Rate()), max_in_flight=max_in_flight, metrics=metrics)
+    install_error_replies(app, recommender.trouble)
     app.include_router(asking(recommender, impressions))
-    app.include_router(telling_events(writer, clock))
+    app.include_router(telling_events(writer, clock, metrics))
     app.include_router(telling_items(recommender, writer, clock))
     app.include_router(telling_users(recommender, writer, clock))
     app.include_router(_service(recommender, models, not_ready))
@@ -98,7 +104,7 @@ def _service(recommender: Recommender, models: Callable[[], list[dict]], not_rea
     async def list_models() -> Response:
         """Published versions, the one in use, and how often answers were degraded."""
         current = recommender.version.bundle.version if recommender.version is not None else None
-        return JSON({"current": current, "versions": await asyncio.to_thread(models), "counts": dict(recommender.counts)})
+        return JSON({"current": current, "versions": await asyncio.to_thread(models), "counts": recommender.metrics.counts()})
 
     @router.get("/", include_in_schema=False)
     async def home() -> Response:

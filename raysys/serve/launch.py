@@ -24,6 +24,7 @@ from typing import Any
 
 from raysys import config, storage
 from raysys.errors import ConfigError, RaysysError
+from raysys.serve.keys import FILE_VARIABLE, KEY_VARIABLE, keys_are_set
 from raysys.serve.settings import FAST_SETTINGS
 
 READY_TIMEOUT_S = 120.0
@@ -112,9 +113,10 @@ def running_service(
     http = serve_config.setdefault("http_options", {})
     http["host"] = host or http.get("host", "127.0.0.1")
     http["port"] = port or http.get("port", 8000)
-    if http["host"] not in LOOPBACK and not insecure and not os.environ.get("RAYSYS_API_KEY"):
+    if http["host"] not in LOOPBACK and not insecure and not keys_are_set():
         raise ConfigError(
-            f"host {http['host']}: expected RAYSYS_API_KEY to be set when listening beyond this machine; set it, or pass --insecure"
+            f"host {http['host']}: expected {KEY_VARIABLE} or {FILE_VARIABLE} to be set when listening beyond this machine; "
+            "set one, or pass --insecure"
         )
     arguments = serve_config["applications"][0].setdefault("args", {}) or {}
     given = {"registry": registry, "events": events, "state": state}
@@ -189,7 +191,7 @@ def _stop(process: subprocess.Popen, port: int, marker: bytes) -> None:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=15)
-    for pid in _family(marker):
+    for pid in family(marker):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
@@ -198,7 +200,7 @@ def _stop(process: subprocess.Popen, port: int, marker: bytes) -> None:
         time.sleep(0.1)
 
 
-def _family(marker: bytes) -> list[int]:
+def family(marker: bytes) -> list[int]:
     """Every process whose environment carries the marker: Ray starts its daemons in groups of their own, the environment stays."""
     members = []
     for entry in os.listdir("/proc"):

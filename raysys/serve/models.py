@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from raysys.bundle import Bundle
+from raysys.errors import ConfigError
 from raysys.models.base import Candidates
 from raysys.pipeline import Pipeline
 from raysys.queries import Queries
 from raysys.registry import Registry
+from raysys.serve.metrics import Metrics
 from raysys.serve.recommender import RetrievedOne, pad_candidates
 
 LOG = logging.getLogger("ray.serve")
@@ -41,6 +43,8 @@ class Compute:
 
     threads: int = 1
     """Torch threads."""
+    device: str = "cpu"
+    """`cpu`, `cuda`, or `auto`; see `device_of`."""
     cached_histories: int = 20_000
     """Histories whose vectors are kept, so that asking again without a new event does not encode again; about 500 bytes each."""
 
@@ -51,12 +55,14 @@ class Models:
     Args:
         registry: URI.
         compute: settings of this process; sets its torch threads.
-        only: models to load.
+        metrics: where batches are counted.
+        only: models to load; all when None.
     """
 
-    def __init__(self, registry: str, compute: Compute, only: tuple[str, ...] | None = None):
+    def __init__(self, registry: str, compute: Compute, metrics: Metrics, only: tuple[str, ...] | None = None):
         torch.set_num_threads(compute.threads)
-        self.registry, self._compute, self._only = Registry(registry), compute, only
+        self.registry, self._compute, self._metrics, self._only = Registry(registry), compute, metrics, only
+        self._device = device_of(compute.device)
         self._loaded: OrderedDict[str, Pipeline] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -72,13 +78,39 @@ class Models:
         with self._lock:
             pipeline = self._loaded.get(version)
             if pipeline is None:
-                pipeline = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only))
+                pipeline = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only)).to(self._device)
                 if "interest" in pipeline.bundle.models:
                     pipeline.bundle.models["interest"].remember(self._compute.cached_histories)
                 self._loaded[version] = pipeline
                 while len(self._loaded) > KEEP_VERSIONS:
                     self._loaded.popitem(last=False)
             return pipeline
+
+    def answer(self, stage: str, requests: list[Any], handle: Callable[[Pipeline, list[Any]], list[Any]]) -> list[Any]:
+        """One batch of requests, their version first in each, handled a version at a time.
+
+        Where a version fails, its requests get the exception as their answer: the others of the batch asked for something else.
+
+        Args:
+            stage: name, for the metrics.
+            requests: of any versions.
+            handle: a pipeline and the requests that name its version -> an answer each.
+        """
+        started = time.perf_counter()
+        groups: dict[str, list[int]] = {}
+        for position, request in enumerate(requests):
+            groups.setdefault(request[0], []).append(position)
+        answers: list[Any] = [None] * len(requests)
+        for version, positions in groups.items():
+            try:
+                found = handle(self.get(version), [requests[position] for position in positions])
+            except Exception as error:
+                found = [error] * len(positions)
+            for position, answer in zip(positions, found, strict=True):
+                answers[position] = answer
+        self._metrics.batch_size.observe(len(requests), stage)
+        self._metrics.batch_ms.observe((time.perf_counter() - started) * 1000, stage)
+        return answers
 
     def load_current(self) -> Pipeline | None:
         """Load what the pointer names, before a request asks for it; None while nothing is published."""
@@ -101,6 +133,22 @@ class Models:
         threading.Thread(target=poll, daemon=True, name="follow-registry").start()
 
 
+def device_of(wanted: str) -> str:
+    """`cpu` or `cuda` as wanted, or with `auto` the GPU where this replica has one that torch can use (a logical one is none).
+
+    Raises:
+        ConfigError: `cuda` where there is none.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "args.device: expected a replica with a GPU for cuda, torch finds none; "
+            "give those that compute num_gpus in ray_actor_options, or set device: auto"
+        )
+    return "cuda"
+
+
 def warm_up(pipeline: Pipeline) -> None:
     """Run one request through, once a pipeline: the first call of torch and of lazy caches is the slow one."""
     if getattr(pipeline, "warm", False):
@@ -116,25 +164,6 @@ def warm_up(pipeline: Pipeline) -> None:
     zeros = np.zeros(items.shape, np.float32)
     pipeline.rank(query, Candidates(items, zeros, np.zeros((*items.shape, len(names)), np.float32), names))
     pipeline.warm = True  # type: ignore[attr-defined]
-
-
-def answer_by_version(models: Models, requests: list[Any], handle: Callable[[Pipeline, list[Any]], list[Any]]) -> list[Any]:
-    """One batch of requests, their version first in each, handled a version at a time.
-
-    Where a version fails, its requests get the exception as their answer: the others of the batch asked for something else.
-    """
-    groups: dict[str, list[int]] = {}
-    for position, request in enumerate(requests):
-        groups.setdefault(request[0], []).append(position)
-    answers: list[Any] = [None] * len(requests)
-    for version, positions in groups.items():
-        try:
-            found = handle(models.get(version), [requests[position] for position in positions])
-        except Exception as error:
-            found = [error] * len(positions)
-        for position, answer in zip(positions, found, strict=True):
-            answers[position] = answer
-    return answers
 
 
 def retrieve_many(pipeline: Pipeline, group: list[RetrieveRequest]) -> list[RetrievedOne]:

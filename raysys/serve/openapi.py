@@ -15,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 
 from raysys import __version__
 from raysys.serve.api import ErrorBody, EventBody, EventsBody, ItemsBody, RankBody, RecommendBody
+from raysys.serve.request import DEADLINE_HEADER, MAX_DEADLINE_MS
 
 STATIC_URL = "/static-offline-docs"
 """Where the page's script and style come from."""
@@ -68,6 +69,18 @@ def attributes_body() -> dict:
 def query_of(*names: str, kind: str = "integer") -> dict:
     """`openapi_extra` of a call with query parameters of one JSON type, whole numbers by default."""
     return {"parameters": [{"name": name, "in": "query", "required": False, "schema": {"type": kind}} for name in names]}
+
+
+def with_deadline(extra: dict) -> dict:
+    """`openapi_extra` of a call that also heeds the client's deadline."""
+    header = {
+        "name": DEADLINE_HEADER,
+        "in": "header",
+        "required": False,
+        "description": "milliseconds within which an answer is of use; stages that would be later are left out and the answer says so",
+        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_DEADLINE_MS},
+    }
+    return {**extra, "parameters": [*extra.get("parameters", ()), header]}
 
 
 def _body(schema: dict) -> dict:

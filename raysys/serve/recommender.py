@@ -7,13 +7,13 @@ fails. Models run behind `Backend`, wherever that is.
 Legend: K candidates, N bundle items, M live items.
 """
 
-import asyncio
+import itertools
 import logging
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -28,9 +28,15 @@ from raysys.queries import Queries
 from raysys.schema import HistoryEvent
 from raysys.serve.api import HistoryItem, RankBody, RecommendBody
 from raysys.serve.catalogue import Catalogue
+from raysys.serve.fallback import Followers, fallback
+from raysys.serve.metrics import Metrics
+from raysys.serve.request import Budget, Deadline, Lack, Ranked, Stages
+from raysys.serve.stage import Stage
+from raysys.serve.trouble import Trouble
 
 LOG = logging.getLogger("ray.serve")
 T = TypeVar("T")
+NO_MODEL = Lack("no_model", "no model published")
 SOURCE_SHARE = 0.1
 """A source is named for an item when at least this share of the item's fused probability is its."""
 REASON_TEXT = {
@@ -81,14 +87,6 @@ class Backend(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Time limits of one request, seconds."""
-
-    retrieval_s: float = 2.0
-    ranking_s: float = 1.0
-
-
 @dataclass
 class Version:
     """What the ingress holds of a bundle: everything but the models that score."""
@@ -97,13 +95,23 @@ class Version:
     catalogue: Catalogue
     popular: np.ndarray
     """(N,) int64 item rows by training interactions, descending: the last resort."""
+    followers: Followers | None = None
+    """What follows each item: the resort before that; None where it is switched off or the bundle has no co-visitation."""
     weights: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, bundle: Bundle, catalogue: Catalogue) -> "Version":
-        """Build from a bundle opened for the ingress."""
+    def of(cls, bundle: Bundle, catalogue: Catalogue, width: int = 20) -> "Version":
+        """Build from a bundle opened for the ingress.
+
+        Args:
+            bundle: with its content vectors and, for followers, its co-visitation.
+            catalogue: of the same bundle.
+            width: followers kept an item; 0 for none.
+        """
         counts = bundle.items["num_train"].to_numpy()
-        return cls(bundle, catalogue, np.argsort(-counts, kind="stable"), bundle.fusion["mixture"]["weights"])
+        covisit = bundle.models.get("covisit")
+        followers = Followers.of(covisit, width) if width and covisit is not None else None
+        return cls(bundle, catalogue, np.argsort(-counts, kind="stable"), followers, bundle.fusion["mixture"]["weights"])
 
 
 @dataclass(frozen=True)
@@ -119,15 +127,6 @@ class _Past:
 NO_PAST = (np.zeros(0, np.int32), np.zeros(0, np.int8), np.zeros(0, np.int64))
 
 
-@dataclass
-class _Ranked:
-    item_ids: list[str]
-    rows: np.ndarray  # (n,) int64, -1 for live items
-    scores: list[float | None]
-    probabilities: list[float | None]
-    sources: list[list[str]]
-
-
 class Recommender:
     """Answers requests with one version's models and the present state.
 
@@ -135,7 +134,8 @@ class Recommender:
         state: history, users, item changes.
         backend: runs the models.
         clock: UTC epoch seconds now.
-        budget: time limits by stage.
+        budget: time limits of a request and its stages.
+        metrics: what is counted, here and by whoever shares it.
         history_limit: last events handed to the models.
         num_candidates: K.
     """
@@ -147,14 +147,18 @@ class Recommender:
         *,
         clock: Callable[[], float] = time.time,
         budget: Budget | None = None,
+        metrics: Metrics | None = None,
         history_limit: int = 200,
         num_candidates: int = 200,
     ):
         self.state, self.backend, self.clock = state, backend, clock
         self.budget = budget or Budget()
         self.history_limit, self.num_candidates = history_limit, num_candidates
+        self.metrics = metrics or Metrics()
+        self.metrics.before_export.append(self._measure_version)
+        self.trouble = Trouble()
+        self._retrieval, self._ranking, self._explaining = Stage("retrieval"), Stage("ranking"), Stage("explain")
         self.version: Version | None = None
-        self.counts: Counter[str] = Counter()
         self._empty = Catalogue(_no_items())
 
     @property
@@ -168,13 +172,17 @@ class Recommender:
         if self._from_state(self.state.item_sequence, 0) > catalogue.sequence:
             catalogue.apply(self._from_state(lambda: self.state.items_since(catalogue.sequence), []))
 
-    async def recommend(self, body: RecommendBody) -> dict[str, Any]:
+    async def recommend(self, body: RecommendBody, deadline: Deadline | None = None) -> dict[str, Any]:
         """Answer `POST /v1/recommend`.
+
+        Args:
+            body: the request.
+            deadline: when the answer is due; by the budget when None.
 
         Raises:
             SchemaError: a filter that is not understood.
         """
-        stages = _Stages()
+        stages, deadline = Stages(), deadline or Deadline.after(self.budget.whole_s)
         self.sync_items()
         version = self.version
         past, strategy, unread = self._past(body, version)
@@ -183,94 +191,101 @@ class Recommender:
         blocked_ids, blocked = self._blocked(body, past, version)
         wanted = None if body.include is None else set(body.include)
         if version is None:
-            ranked = self._fallback(body.offset + body.n, blocked_ids, wanted, body.filter)
-            return self._answer(body, ranked, stages, strategy="fallback", degraded="no model published")
+            ranked = self._fallback(body.offset + body.n, None, blocked_ids, wanted, body.filter)
+            return self._answer(body, ranked, stages, strategy="fallback", lack=NO_MODEL)
         query = self._query(version, past)
-        strategy, degraded = self._checked(version, body.user_id, query, strategy)
+        strategy, lack = self._checked(version, body.user_id, query, strategy)
         allowed = self._allowed(version, body.filter, wanted)
         need = body.offset + body.n
         k = max(self.num_candidates, need + 1)
         try:
-            call = self.backend.retrieve(version.bundle.version, query, k, allowed, blocked)
-            retrieved = await asyncio.wait_for(call, self.budget.retrieval_s)
-        except Exception as error:  # whatever broke, popularity still answers
-            self._degraded("retrieval", error)
+            retrieved = await self._retrieval.ask(
+                deadline, self.budget.retrieval_s, lambda: self.backend.retrieve(version.bundle.version, query, k, allowed, blocked)
+            )
+        except Exception as error:  # whatever broke, what follows the last items and what is popular still answers
+            failed = self._failed("retrieval", error)
+            stages.mark("retrieval")
             blocked_ids |= {version.catalogue.item_ids[row] for row in blocked}
-            ranked = self._fallback(need, blocked_ids, wanted, body.filter)
-            return self._answer(body, ranked, stages, strategy="fallback", degraded=f"retrieval failed ({type(error).__name__})")
+            ranked = self._fallback(need, query, blocked_ids, wanted, body.filter)
+            stages.mark("rerank")
+            return self._answer(body, ranked, stages, strategy="fallback", lack=failed)
         stages.mark("retrieval")
-        scores, probabilities, failed = await self._rank(version, query, retrieved)
-        degraded = degraded or failed or unread
+        scores, probabilities, unranked = await self._rank(version, query, retrieved, deadline)
+        lack = lack or unranked or unread
         stages.mark("ranking")
         order = np.argsort(-scores, kind="stable")
         if body.diversity > 0:
             order = self._diversify(version, retrieved.items, scores, order, need, body.diversity)
         order = order[:need]
-        ranked = self._ranked(version, query, retrieved, order, scores, probabilities)
+        ranked = self._ranked(version, query, retrieved, order, scores, probabilities, by="retrieval" if unranked else "ranking")
         if retrieved.profile is not None and strategy != "cold_start":
             self._insert_live(ranked, retrieved, blocked_ids, wanted, compiled, need)
         stages.mark("rerank")
         reasons = None
         if body.explain:
-            reasons = await self._reasons(version, query, ranked, body.offset)
+            reasons = await self._reasons(version, query, ranked, deadline)
             stages.mark("explain")
-        return self._answer(body, ranked, stages, strategy=strategy, degraded=degraded, reasons=reasons)
+        return self._answer(body, ranked, stages, strategy=strategy, lack=lack, reasons=reasons)
 
-    async def rank(self, body: RankBody) -> dict[str, Any]:
-        """Answer `POST /v1/rank`: the given items in the user's order; unknown ones last, with score null."""
-        stages = _Stages()
+    async def rank(self, body: RankBody, deadline: Deadline | None = None) -> dict[str, Any]:
+        """Answer `POST /v1/rank`: the given items in the user's order; unknown ones last, with score null.
+
+        Args:
+            body: the request.
+            deadline: when the answer is due; by the budget when None.
+        """
+        stages, deadline = Stages(), deadline or Deadline.after(self.budget.whole_s)
         self.sync_items()
         version = self.version
         past, strategy, unread = self._past(body, version)
+        stages.mark("state")
         candidates = list(dict.fromkeys(body.candidates))
         usable = [
             item for item in candidates if self.catalogue.known(item) and self.catalogue.attributes(item).get("available") is not False
         ]
         if version is None:
-            ranked = _Ranked(usable, np.full(len(usable), -1), [None] * len(usable), [None] * len(usable), [[] for _ in usable])
-            return self._answer(body, ranked, stages, strategy="fallback", degraded="no model published")
+            return self._answer(body, Ranked("popularity").with_rest(usable), stages, strategy="fallback", lack=NO_MODEL)
         query = self._query(version, past)
         rows = np.array([row for item in usable if (row := version.catalogue.index.get(item)) is not None], np.int64)
-        strategy, degraded = self._checked(version, body.user_id, query, strategy)
+        strategy, lack = self._checked(version, body.user_id, query, strategy)
         allowed = np.zeros(len(version.catalogue.item_ids), bool)
         allowed[rows] = True
-        ranked = _Ranked([], np.zeros(0, np.int64), [], [], [])
         try:
-            call = self.backend.retrieve(version.bundle.version, query, max(1, len(rows)), allowed, np.zeros(0, np.int32))
-            retrieved = await asyncio.wait_for(call, self.budget.retrieval_s)
+            retrieved = await self._retrieval.ask(
+                deadline,
+                self.budget.retrieval_s,
+                lambda: self.backend.retrieve(version.bundle.version, query, max(1, len(rows)), allowed, np.zeros(0, np.int32)),
+            )
         except Exception as error:
-            self._degraded("retrieval", error)
-            ranked = self._fallback(len(usable), set(), set(usable), {})
-            return self._answer(body, ranked, stages, strategy="fallback", degraded=f"retrieval failed ({type(error).__name__})")
+            failed = self._failed("retrieval", error)
+            stages.mark("retrieval")
+            ranked = self._fallback(len(usable), query, set(), set(usable), {})
+            return self._answer(body, ranked.with_rest(candidates), stages, strategy="fallback", lack=failed)
         stages.mark("retrieval")
-        scores, probabilities, failed = await self._rank(version, query, retrieved)
-        degraded = degraded or failed or unread
+        scores, probabilities, unranked = await self._rank(version, query, retrieved, deadline)
+        lack = lack or unranked or unread
         stages.mark("ranking")
         order = np.argsort(-scores, kind="stable")
-        ranked = self._ranked(version, query, retrieved, order, scores, probabilities)
-        reasons = await self._reasons(version, query, ranked, 0) if body.explain else None
-        placed = set(ranked.item_ids)
-        for item_id in candidates:
-            if item_id not in placed:
-                _append(ranked, item_id)
-        return self._answer(body, ranked, stages, strategy=strategy, degraded=degraded, reasons=reasons)
+        ranked = self._ranked(version, query, retrieved, order, scores, probabilities, by="retrieval" if unranked else "ranking")
+        reasons = await self._reasons(version, query, ranked, deadline) if body.explain else None
+        return self._answer(body, ranked.with_rest(candidates), stages, strategy=strategy, lack=lack, reasons=reasons)
 
-    async def similar(self, item_id: str, n: int) -> dict[str, Any]:
+    async def similar(self, item_id: str, n: int, deadline: Deadline | None = None) -> dict[str, Any]:
         """Answer `GET /v1/items/{item_id}/similar`: what follows from that item alone; for one that no model knows yet, by content."""
-        body = RecommendBody(history=[HistoryItem(item_id=item_id)], n=n, return_metadata=True)
+        stages, body = Stages(), RecommendBody(history=[HistoryItem(item_id=item_id)], n=n, return_metadata=True)
         self.sync_items()
         version, vector = self.version, self.catalogue.live.get(item_id)
         if version is None or vector is None or version.bundle.content_vectors is None:
-            return await self.recommend(body)
+            return await self.recommend(body, deadline)
         ids, live_vectors = self.catalogue.live_matrix
         rows = np.flatnonzero(version.catalogue.available)
         scores = np.concatenate([version.bundle.content_vectors[rows].astype(np.float32) @ vector, live_vectors @ vector])
         names = [*(version.catalogue.item_ids[row] for row in rows), *ids]
-        ranked = _Ranked([], np.zeros(0, np.int64), [], [], [])
+        ranked = Ranked("content")
         for at in np.argsort(-scores, kind="stable")[: n + 1]:
             if names[at] != item_id and scores[at] > 0:
-                _append(ranked, names[at], rows[at] if at < len(rows) else -1, "content", round(float(scores[at]), 6))
-        return self._answer(body, ranked, _Stages(), strategy="session", degraded=None)
+                ranked.append(names[at], rows[at] if at < len(rows) else -1, "content", round(float(scores[at]), 6))
+        return self._answer(body, ranked, stages, strategy="session", lack=None)
 
     def held_about(self, user_id: str) -> dict[str, Any]:
         """Answer `GET /v1/users/{user_id}`: all that state and the current bundle hold about a user."""
@@ -298,22 +313,34 @@ class Recommender:
             return None, False
         return version.bundle.version, version.bundle.histories.lookup(user_id) is not None
 
-    def _degraded(self, stage: str, error: Exception) -> None:
-        """Count a failed stage; the first of each kind, and then every thousandth, is logged."""
-        name = f"degraded_{stage}_{type(error).__name__}"
-        if self.counts[name] % 1000 == 0:
-            LOG.warning("%s failed, the answer is degraded: %s: %s", stage, type(error).__name__, error, exc_info=error)
-        self.counts[name] += 1
+    def _failed(self, stage: str, error: Exception) -> Lack:
+        """Count a failed stage; the first of each kind, and then every thousandth, is logged with where it happened."""
+        kind, counted = type(error).__name__, self.metrics.stage_failures
+        if counted.values.get((stage, kind), 0) % 1000 == 0:
+            LOG.warning("%s failed: %s: %s", stage, kind, error, exc_info=error)
+        counted.add(stage, kind)
+        return Lack(stage, f"{stage} failed ({kind})")
+
+    def _measure_version(self) -> None:
+        """Gauges of the version in use, as of now."""
+        if self.version is None:
+            return
+        manifest, now = self.version.bundle.manifest, self.clock()
+        self.metrics.model_info.only(1, self.version.bundle.version)
+        if manifest.get("created"):
+            self.metrics.model_age_s.set(now - datetime.fromisoformat(manifest["created"]).timestamp())
+        if manifest.get("watermark") and manifest.get("time") != "ordinal":
+            self.metrics.newest_event_age_s.set(now - manifest["watermark"])
 
     def _from_state(self, read: Callable[[], T], otherwise: T) -> T:
         """What the state says, or `otherwise` where it cannot be reached: an answer without a history is better than none."""
         try:
             return read()
         except StateError as error:
-            self._degraded("state", error)
+            self._failed("state", error)
             return otherwise
 
-    def _past(self, body: RecommendBody | RankBody, version: Version | None) -> tuple[_Past, str, str | None]:
+    def _past(self, body: RecommendBody | RankBody, version: Version | None) -> tuple[_Past, str, Lack | None]:
         """Bundle history, then events since, then what the request itself brings; the strategy if the models know any of it; what fails."""
         unread: list[HistoryEvent] = []
         unknown: float | None = 0.0
@@ -339,7 +366,7 @@ class Recommender:
                 item = HistoryItem(item_id=entry) if isinstance(entry, str) else entry
                 events.append(HistoryEvent(item.item_id, item.event, item.timestamp or now, item.value))
             strategy = strategy if strategy == "personalized" else "session"
-        return _Past(*learnt, events), strategy, "state cannot be read (StateError)" if live is unread else None
+        return _Past(*learnt, events), strategy, Lack("state", "state cannot be read (StateError)") if live is unread else None
 
     def _blocked(self, body: RecommendBody, past: _Past, version: Version | None) -> tuple[set[str], np.ndarray]:
         """Items that must not be in the answer: ids, and (n,) int32 rows of the version, which are not all among the ids."""
@@ -357,13 +384,12 @@ class Recommender:
             rows = np.append(rows, np.array([row for item in ids if (row := index.get(item)) is not None], np.int32))
         return ids, rows
 
-    def _checked(self, version: Version, user_id: str | None, query: Queries, strategy: str) -> tuple[str, str | None]:
+    def _checked(self, version: Version, user_id: str | None, query: Queries, strategy: str) -> tuple[str, Lack | None]:
         """The strategy by what the models have to go on, and why the answer is less than it could be."""
         if len(query.items):
             return strategy, None
         if user_id is not None and version.bundle.key_problem is not None:
-            self.counts["degraded_user_key"] += 1
-            return "cold_start", "histories unreadable: the bundle was written with another user key"
+            return "cold_start", Lack("user_key", "histories unreadable: the bundle was written with another user key")
         return "cold_start", None
 
     def _query(self, version: Version, past: _Past) -> Queries:
@@ -378,25 +404,38 @@ class Recommender:
     def _allowed(self, version: Version, rules: dict[str, Any], wanted: set[str] | None) -> np.ndarray:
         mask = version.catalogue.available
         if rules:
+            made = version.catalogue.masks_made
             mask = mask & version.catalogue.filter_mask(rules)
+            self.metrics.filter_masks.add("kept" if version.catalogue.masks_made == made else "made")
         if wanted is not None:
             chosen = np.zeros(len(mask), bool)
             chosen[[row for item in wanted if (row := version.catalogue.index.get(item)) is not None]] = True
             mask = mask & chosen
         return mask
 
-    async def _rank(self, version: Version, query: Queries, retrieved: RetrievedOne) -> tuple[np.ndarray, np.ndarray, str | None]:
+    async def _rank(
+        self, version: Version, query: Queries, retrieved: RetrievedOne, deadline: Deadline
+    ) -> tuple[np.ndarray, np.ndarray, Lack | None]:
+        self.metrics.candidates.observe(len(retrieved.items))
         try:
-            call = self.backend.rank(version.bundle.version, query, retrieved)
-            scores, probabilities = await asyncio.wait_for(call, self.budget.ranking_s)
+            scores, probabilities = await self._ranking.ask(
+                deadline, self.budget.ranking_s, lambda: self.backend.rank(version.bundle.version, query, retrieved)
+            )
             return scores, probabilities, None
         except Exception as error:  # retrieval order is a good answer
-            self._degraded("ranking", error)
-            return retrieved.fused, np.full(len(retrieved.fused), np.nan, np.float32), f"ranking failed ({type(error).__name__})"
+            return retrieved.fused, np.full(len(retrieved.fused), np.nan, np.float32), self._failed("ranking", error)
 
     def _ranked(
-        self, version: Version, query: Queries, retrieved: RetrievedOne, order: np.ndarray, scores: np.ndarray, probabilities: np.ndarray
-    ) -> _Ranked:
+        self,
+        version: Version,
+        query: Queries,
+        retrieved: RetrievedOne,
+        order: np.ndarray,
+        scores: np.ndarray,
+        probabilities: np.ndarray,
+        *,
+        by: str,
+    ) -> Ranked:
         rows = retrieved.items[order].astype(np.int64)
         weights = np.array([max(version.weights.get(name, 0.0), 1e-12) for name in retrieved.sources])
         shares = np.exp(np.log(weights) + retrieved.log_probs[order] - retrieved.fused[order, None])
@@ -407,10 +446,10 @@ class Recommender:
         for best_first, share in zip(np.argsort(-shares, axis=1).tolist(), shares.tolist(), strict=True):
             sources.append([retrieved.sources[s] for s in best_first if share[s] >= SOURCE_SHARE or s == best_first[0]])
         ids = version.catalogue.item_ids
-        return _Ranked([ids[row] for row in rows.tolist()], rows, [round(s, 6) for s in scores[order].tolist()], chances, sources)
+        return Ranked(by, [ids[row] for row in rows.tolist()], rows, [round(s, 6) for s in scores[order].tolist()], chances, sources)
 
     def _insert_live(
-        self, ranked: _Ranked, retrieved: RetrievedOne, blocked: set[str], wanted: set[str] | None, compiled: dict, need: int
+        self, ranked: Ranked, retrieved: RetrievedOne, blocked: set[str], wanted: set[str] | None, compiled: dict, need: int
     ) -> None:
         ids, vectors = self.catalogue.live_matrix
         if not ids or retrieved.profile is None or retrieved.affinity is None or not np.any(retrieved.profile):
@@ -453,12 +492,14 @@ class Recommender:
             closest = np.maximum(closest, pool_vectors @ pool_vectors[best])
         return pool[np.array(chosen, np.int64)]
 
-    async def _reasons(self, version: Version, query: Queries, ranked: _Ranked, offset: int) -> list[list[dict]]:
+    async def _reasons(self, version: Version, query: Queries, ranked: Ranked, deadline: Deadline) -> list[list[dict]]:
         rows = ranked.rows[ranked.rows >= 0]
         try:
-            found = await asyncio.wait_for(self.backend.explain(version.bundle.version, query, rows), self.budget.ranking_s)
+            found = await self._explaining.ask(
+                deadline, self.budget.ranking_s, lambda: self.backend.explain(version.bundle.version, query, rows)
+            )
         except Exception as error:
-            self._degraded("explain", error)
+            self._failed("explain", error)
             return [[] for _ in ranked.item_ids]
         reasons, by_row = [], iter(found)
         for row in ranked.rows:
@@ -469,36 +510,30 @@ class Recommender:
             reasons.append([{"kind": kind, "item_id": item_id, "text": text}])
         return reasons
 
-    def _fallback(self, n: int, blocked: set[str], wanted: set[str] | None, rules: dict[str, Any]) -> _Ranked:
-        """Popularity without any model: the bundle's counts, else live counts."""
-        catalogue = self.catalogue
-        compiled = catalogue.compile(rules)
-        ids = [catalogue.item_ids[row] for row in self.version.popular] if self.version is not None else []
-        ranked = _Ranked([], np.zeros(0, np.int64), [], [], [])
-        for item_id in dict.fromkeys([*ids, *self.state.popular(n + len(blocked) + 100), *catalogue.live]):
-            if len(ranked.item_ids) == n:
-                break
-            state = catalogue.overlay.get(item_id)
-            gone = state is not None and (state.deleted or catalogue.attributes(item_id).get("available") is False)
-            if item_id in blocked or gone or (wanted is not None and item_id not in wanted):
-                continue
-            row = catalogue.index.get(item_id, -1)
-            if (row >= 0 and not catalogue.available[row]) or (compiled and not catalogue.matches(item_id, compiled)):
-                continue
-            _append(ranked, item_id, row, "popularity")
-        return ranked
+    def _fallback(self, n: int, query: Queries | None, blocked: set[str], wanted: set[str] | None, rules: dict[str, Any]) -> Ranked:
+        """Without any model replica: what follows the history, then what is popular."""
+        version, following = self.version, None
+        if version is not None and query is not None and version.followers is not None:
+            following = version.followers.next_items(query)
+        popular = self._popular(n + len(blocked) + 100)
+        return fallback(self.catalogue, n, following=following, popular=popular, blocked=blocked, wanted=wanted, rules=rules)
+
+    def _popular(self, count: int) -> Iterator[str]:
+        """Item ids by the bundle's counts, then by those of live events; each is looked up when it is asked for."""
+        version = self.version
+        yield from (version.catalogue.item_ids[row] for row in version.popular) if version is not None else ()
+        yield from itertools.chain(self._from_state(lambda: self.state.popular(count), []), self.catalogue.live)
 
     def _answer(
         self,
         body: RecommendBody | RankBody,
-        ranked: _Ranked,
-        stages: "_Stages",
+        ranked: Ranked,
+        stages: Stages,
         *,
         strategy: str,
-        degraded: str | None,
+        lack: Lack | None,
         reasons: list[list[dict]] | None = None,
     ) -> dict[str, Any]:
-        self.counts[f"strategy_{strategy}"] += 1
         first = body.offset if isinstance(body, RecommendBody) else 0
         last = first + body.n if isinstance(body, RecommendBody) else len(ranked.item_ids)
         items = []
@@ -520,13 +555,19 @@ class Recommender:
             "user_id": body.user_id,
             "model_version": self.version.bundle.version if self.version is not None else None,
             "strategy": strategy,
-            "degraded": degraded is not None,
-            "degraded_reason": degraded,
+            "degraded": lack is not None,
+            "degraded_reason": None if lack is None else lack.text,
             "ab_group": None,
             "items": items,
         }
         if body.debug:
             answer["stages"] = stages.milliseconds
+        self.metrics.answers.add("rank" if isinstance(body, RankBody) else "recommend", strategy, ranked.by, lack.kind if lack else "none")
+        for stage, milliseconds in stages.milliseconds.items():
+            self.metrics.stage_ms.observe(milliseconds, stage)
+        self.metrics.stage_ms.observe(stages.whole_ms, "whole")
+        if lack is not None:
+            self.trouble.degraded(answer, lack, by=ranked.by, stages=stages.milliseconds)
         return answer
 
 
@@ -541,27 +582,6 @@ def pad_candidates(retrieved: list[RetrievedOne]) -> Candidates:
         count = len(one.items)
         items[row, :count], fused[row, :count], log_probs[row, :count] = one.items, one.fused, one.log_probs
     return Candidates(items, fused, log_probs, sources)
-
-
-class _Stages:
-    """Milliseconds spent since the last mark."""
-
-    def __init__(self) -> None:
-        self.milliseconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def mark(self, name: str) -> None:
-        now = time.perf_counter()
-        self.milliseconds[name] = round((now - self._last) * 1000, 3)
-        self._last = now
-
-
-def _append(ranked: _Ranked, item_id: str, row: int = -1, source: str | None = None, score: float | None = None) -> None:
-    ranked.item_ids.append(item_id)
-    ranked.rows = np.append(ranked.rows, row)
-    ranked.scores.append(score)
-    ranked.probabilities.append(None)
-    ranked.sources.append([source] if source else [])
 
 
 def _bundle_history(version: Version, user_id: str, live: list[HistoryEvent]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

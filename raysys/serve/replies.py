@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from raysys.errors import SchemaError, ServeOverloaded, StateError
 from raysys.serve.api import LIMITS
 from raysys.serve.ingest import first_problem
+from raysys.serve.trouble import Trouble
 
 
 class JSON(Response):
@@ -64,8 +65,8 @@ def read_query(request: Request, *known: str) -> dict[str, str]:
     return given
 
 
-def install_error_replies(app: FastAPI) -> None:
-    """Translate exceptions into answers, here and nowhere else."""
+def install_error_replies(app: FastAPI, trouble: Trouble) -> None:
+    """Translate exceptions into answers, here and nowhere else; those that are our fault are logged."""
 
     @app.exception_handler(RequestValidationError)
     @app.exception_handler(ValidationError)
@@ -85,10 +86,12 @@ def install_error_replies(app: FastAPI) -> None:
 
     @app.exception_handler(ServeOverloaded)
     async def overloaded(request: Request, error: ServeOverloaded) -> Response:
+        trouble.failed(503, "overloaded", error)
         return error_response(503, "overloaded", str(error), headers={"Retry-After": "1"})
 
     @app.exception_handler(StateError)
     async def broken_state(request: Request, error: StateError) -> Response:
+        trouble.failed(503, "state_unavailable", error)
         return error_response(503, "state_unavailable", str(error), headers={"Retry-After": "5"})
 
     @app.exception_handler(HTTPException)
@@ -101,5 +104,6 @@ def install_error_replies(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
+        trouble.failed(500, "internal", error)
         # Starlette raises it again afterwards, so the replica's log has the traceback.
         return error_response(500, "internal", f"{type(error).__name__} while answering; the service's log says more")

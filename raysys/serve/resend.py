@@ -13,8 +13,8 @@ import orjson
 from raysys import storage
 from raysys.errors import ConfigError, RaysysError
 from raysys.events.dead_letters import read_letters, rewrite
-from raysys.serve.guard import KEY_VARIABLE
 from raysys.serve.ingest import check_events
+from raysys.serve.keys import KEY_VARIABLE
 
 BATCH = 500
 

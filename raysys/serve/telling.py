@@ -1,5 +1,6 @@
 """The calls that tell: events, items and users. Every one is answered once it is durable."""
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from raysys.events.erasure import erase_record, receipt
 from raysys.events.log import Record
 from raysys.serve.api import LIMITS, EventBody, EventsAnswer, EventsBody, ItemsBody
 from raysys.serve.ingest import check_attributes, check_events, checked_id
+from raysys.serve.metrics import Metrics
 from raysys.serve.openapi import attributes_body, body_of, query_of
 from raysys.serve.recommender import Recommender
 from raysys.serve.replies import JSON, error_response, read_json, read_query
@@ -36,15 +38,21 @@ class Writer(Protocol):
         ...
 
 
-def telling_events(writer: Writer, clock: Callable[[], float]) -> APIRouter:
+def telling_events(writer: Writer, clock: Callable[[], float], metrics: Metrics) -> APIRouter:
     """Routes of the events."""
     router = APIRouter()
 
     @router.post("/v1/events", response_model=EventsAnswer, openapi_extra=body_of(EventBody, EventsBody))
     async def events(request: Request) -> Response:
         """One event or a batch; a rejected record never blocks the others. Once answered, accepted events survive any crash."""
+        started = time.perf_counter()
         records, rejected = check_events(body := await read_json(request), now := clock())
         fresh = await writer.write(records) if records else []
+        if records:
+            metrics.visible_ms.observe((time.perf_counter() - started) * 1000)
+        for outcome, count in (("accepted", sum(fresh)), ("duplicate", len(fresh) - sum(fresh)), ("rejected", len(rejected))):
+            if count:
+                metrics.events.add(outcome, by=count)
         if rejected:
             batch = body["events"] if "events" in body else [body]
             await writer.reject([{**entry, "received": now, "record": batch[entry["index"]]} for entry in rejected])

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from raysys.queries import Queries
-from raysys.serve.models import Models, answer_by_version, explain_one, rank_many, retrieve_many
+from raysys.serve.models import Models, explain_one, rank_many, retrieve_many
 from raysys.serve.recommender import RetrievedOne
 
 MAX_BATCH = 32
@@ -30,9 +30,9 @@ class TogetherBackend:
     """
 
     def __init__(self, models: Models):
-        self._retrieve = Stage("retrieval", lambda requests: answer_by_version(models, requests, retrieve_many))
-        self._rank = Stage("ranking", lambda requests: answer_by_version(models, requests, rank_many))
-        self._explain = Stage("explain", lambda requests: answer_by_version(models, requests, _explain_each))
+        self._retrieve = Lane("retrieval", lambda requests: models.answer("retrieval", requests, retrieve_many))
+        self._rank = Lane("ranking", lambda requests: models.answer("ranking", requests, rank_many))
+        self._explain = Lane("explain", lambda requests: models.answer("explain", requests, _explain_each))
 
     async def retrieve(self, version: str, query: Queries, k: int, allowed: np.ndarray | None, blocked: np.ndarray) -> RetrievedOne:
         """See `Backend.retrieve`."""
@@ -47,7 +47,7 @@ class TogetherBackend:
         return await self._explain((version, query, items))
 
 
-class Stage:
+class Lane:
     """A thread that handles requests, as many at once as wait for it.
 
     Args:

@@ -26,7 +26,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from raysys import config, storage
+from raysys import storage
 from raysys.adapters import import_dataset
 from raysys.batch.config import BatchConfig
 from raysys.batch.run import PartWriter, part_table, run_batch
@@ -43,6 +43,8 @@ from raysys.train.config import load_train_config
 from raysys.train.run import train
 from raysys.tune.run import tune
 from tests import planted
+from tests.service import apart_config
+from tests.traffic import Traffic
 
 SETTINGS = [
     "interest={dim: 16, num_layers: 1, max_length: 16, dropout: 0.1}",
@@ -249,9 +251,9 @@ def serving(nodes: Nodes, registry: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    values = config.read_yaml(str(ROOT / "serve_config.yaml"))
+    values = apart_config()  # so that other nodes score
     values["http_options"]["port"] = port
-    values["applications"][0]["args"] = {"registry": registry, **{name: str(nodes.folder / "head" / name) for name in ("events", "state")}}
+    values["applications"][0]["args"] |= {"registry": registry, **{name: str(nodes.folder / "head" / name) for name in ("events", "state")}}
     path, log = nodes.folder / "serve_config.json", nodes.folder / "serve.log"
     path.write_text(json.dumps(values))
     process = subprocess.Popen(
@@ -315,3 +317,18 @@ def test_the_whole_road(nodes, prepared, bundle, at):
     # The head answers, other nodes score: each has fetched the version into a cache of its own.
     homes = {path.parents[2].name for path in nodes.folder.glob("node-*/cache/bundles/*")}
     assert "node-1" in homes and len(homes) >= 2
+
+
+@pytest.mark.slow
+def test_a_node_with_model_replicas_dies_under_load(nodes, bundle, at):
+    """Both worker nodes hold replicas of retrieval or ranking; answers of the moment are degraded, none is missing."""
+    Registry(at("registry")).publish(bundle)
+    with serving(nodes, at("registry")) as base_url, Traffic(base_url, clients=2) as traffic:
+        traffic.wait_until_sound()
+        killed = time.monotonic()
+        nodes.cluster.remove_node(nodes.workers.pop(0), allow_graceful=False)
+        traffic.wait_until(lambda seen: any(one.degraded for one in seen), since=killed)
+        nodes.workers.append(nodes.add())
+        traffic.wait_until_sound(timeout_s=120)
+    assert traffic.statuses() == {200}
+    assert {one.reason.partition(" (")[0] for one in traffic.seen if one.degraded} <= {"retrieval failed", "ranking failed"}

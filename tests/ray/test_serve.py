@@ -2,18 +2,21 @@
 
 import concurrent.futures
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 from raysys.errors import ConfigError
 from raysys.registry import Registry
 from raysys.serve.launch import require_free, running_service
+from raysys.serve.metrics import exported_names
 from tests import planted
 from tests.planted import cluster_of
 from tests.service import call, free_port, ids, replica_pids
@@ -29,8 +32,33 @@ def places(tmp_path_factory, planted_bundle):
 
 @pytest.fixture(scope="module")
 def base_url(places):
-    with running_service(**places, port=free_port()) as url:
-        yield url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")  # else the test of the metrics waits ten seconds
+        with running_service(**places, port=free_port()) as url:
+            yield url
+
+
+def gcs_address(own_home: Path) -> str:
+    """Of the cluster that this test run started, by its raylet."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                command = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
+                mine = f"RAYSYS_HOME={own_home}".encode() in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if mine and command[0].endswith(b"raylet"):
+                return next(part.partition(b"=")[2].decode() for part in command if part.startswith(b"--gcs-address="))
+    raise AssertionError("no raylet of this test run")
+
+
+def prometheus_text(own_home: Path) -> str:
+    """What Ray exports on this node."""
+    from ray._raylet import GcsClient
+
+    (node,) = GcsClient(address=gcs_address(own_home)).get_all_node_info().values()
+    with urllib.request.urlopen(f"http://127.0.0.1:{node.metrics_export_port}/metrics", timeout=10) as response:
+        return response.read().decode()
 
 
 def test_known_user_stranger_and_session(base_url):
@@ -86,6 +114,44 @@ def test_new_item_is_recommended_within_seconds_where_it_fits(base_url):
     assert "fresh" not in ids(base_url, user_id="user-0", n=20)
     call(base_url, "DELETE", "/v1/items/fresh")
     assert "fresh" not in ids(base_url, user_id="user-5", n=20)
+
+
+def test_prometheus_has_what_dashboard_and_alerts_ask_for(base_url, own_home):
+    """Every kind of thing happens once; a moment later Ray's exporter has a number for each metric."""
+    call(base_url, "POST", "/v1/recommend", {"user_id": "user-3", "filter": {"year": 1983}})
+    call(base_url, "POST", "/v1/events", {"events": [{"user_id": "user-3", "item_id": "item-001"}, {"user_id": "u"}]})
+    assert call(base_url, "POST", "/v1/recommend", {"n": 0})[0] == 400
+    request = urllib.request.Request(f"{base_url}/v1/recommend/u", headers={"Content-Length": str(1 << 30)})
+    with pytest.raises(urllib.error.HTTPError, match="413"):
+        urllib.request.urlopen(request, timeout=10)
+    rare = {"ray_raysys_stage_failures_total"}  # nothing has failed here; tests/unit/test_serve_metrics.py makes it
+    wanted = set(exported_names()) - rare
+    # Of Serve's own, the first is set every ten seconds and forgotten after two reports.
+    served = {f"ray_serve_{name}" for name in ("deployment_replica_healthy", "deployment_queued_queries", "replica_processing_queries")}
+    seen, deadline = set(), time.monotonic() + 40
+    while missing := (wanted | served) - seen:
+        assert time.monotonic() < deadline, f"not exported: {sorted(missing)}"
+        seen |= set(re.findall(r"^(ray_\w+)\{", text := prometheus_text(own_home), re.M))
+        time.sleep(0.5)
+    kinds = dict(re.findall(r"^# TYPE (ray_raysys_\w+) (\w+)$", text, re.M))
+    assert {name: kind for name, kind in kinds.items() if name in wanted} == {name: exported_names()[name] for name in wanted}
+
+    def value(line: str) -> float:
+        return sum(float(found) for found in re.findall(rf"^{line} ([\d.e+-]+)$", text, re.M))
+
+    whole = r'ray_raysys_stage_ms_{}_total\{{[^}}]*stage="whole"[^}}]*\}}'
+    assert value(whole.format("count")) >= 1 and value(whole.format("sum")) > 0
+    assert value(r'ray_raysys_events_total\{[^}]*outcome="accepted"[^}]*\}') >= 1
+    assert value(r'ray_raysys_model_info\{[^}]*version="[^"]+"[^}]*\}') == 1
+    assert re.search(r'ray_raysys_batch_size_bucket_total\{[^}]*deployment="Ingress"[^}]*le="\+Inf"', text)
+
+
+def test_a_request_keeps_the_id_that_its_client_gave_it(base_url):
+    request = urllib.request.Request(f"{base_url}/v1/recommend/user-1", headers={"X-Request-Id": "from-the-client"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        assert response.headers["x-request-id"] == "from-the-client"
+    with urllib.request.urlopen(f"{base_url}/v1/recommend/user-1", timeout=10) as response:
+        assert len(response.headers["x-request-id"]) >= 16
 
 
 def test_publishing_in_mid_traffic_fails_no_request(base_url, places, tmp_path):

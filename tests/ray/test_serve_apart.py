@@ -4,24 +4,16 @@ import json
 import os
 import signal
 import time
-from pathlib import Path
 
-from raysys import config
 from raysys.bundle import Bundle
 from raysys.pipeline import recommend_user
 from raysys.registry import Registry
 from raysys.serve.launch import running_service
-from tests.service import call, free_port, ids, replica_pids
-
-ROOT = Path(__file__).parents[2]
+from tests.service import apart_config, call, free_port, ids, replica_pids
 
 
 def test_stages_in_deployments_of_their_own_answer_alike_and_may_die(planted_bundle, tmp_path):
-    values = config.read_yaml(str(ROOT / "serve_config.yaml"))
-    application = values["applications"][0]
-    application["args"] = {"placement": "apart"}
-    application["deployments"] += [{"name": name, "ray_actor_options": {"num_cpus": 0.3}} for name in ("Retrieval", "Ranking")]
-    (tmp_path / "apart.json").write_text(json.dumps(values))
+    (tmp_path / "apart.json").write_text(json.dumps(apart_config()))
     registry = str(tmp_path / "registry")
     Registry(registry).publish(planted_bundle)
     own = {"registry": registry, "events": str(tmp_path / "events"), "state": str(tmp_path / "state")}

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from raysys.bundle import Bundle
 from raysys.serve.api import LIMITS
 from raysys.serve.http import create_app
-from raysys.serve.recommender import Budget
+from raysys.serve.request import Budget
 from tests.planted import CLUSTER_ITEMS, cluster_of
 from tests.world import NOW, LocalWriter, World
 

@@ -14,7 +14,9 @@ from raysys.cli import build_parser
 from raysys.serve.api import LIMITS
 from raysys.serve.app import AppArgs
 from raysys.serve.http import create_app
+from raysys.serve.metrics import Metrics
 from raysys.serve.settings import FAST_SETTINGS
+from raysys.serve.trouble import Trouble
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
@@ -129,7 +131,13 @@ def test_app_arguments_stand_in_the_serve_config():
 
 def test_calls_limits_and_settings_stand_in_the_serving_page():
     page = TEXTS["docs/serving.md"]
-    app = create_app(SimpleNamespace(state=None), SimpleNamespace(post=None), models=list, not_ready=lambda: None, api_key="k")
+    app = create_app(
+        SimpleNamespace(state=None, metrics=Metrics(), trouble=Trouble()),
+        SimpleNamespace(post=None),
+        models=list,
+        not_ready=lambda: None,
+        api_key="k",
+    )
     calls = [f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods]
     assert len(calls) > 12
     assert [call for call in calls if f"`{call}`" not in page] == []

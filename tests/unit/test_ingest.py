@@ -17,6 +17,9 @@ from raysys.events.state import StateLimits
 from raysys.serve.api import LIMITS
 from raysys.serve.guard import Guard
 from raysys.serve.ingest import ImpressionBuffer, check_events
+from raysys.serve.keys import Keys
+from raysys.serve.metrics import Metrics
+from raysys.serve.rate import Rate, RateLimit
 from raysys.serve.resend import resend
 from tests.world import NOW, World
 
@@ -131,7 +134,7 @@ def test_bodies_at_once_are_bounded_by_their_bytes():
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def run() -> Guard:
-        guard = Guard(slow, b"", max_in_flight=1000)
+        guard = Guard(slow, Keys(), RateLimit(Rate()), 1000, Metrics())
 
         async def one(headers: list[tuple[bytes, bytes]]) -> None:
             async def send(message):

@@ -11,8 +11,9 @@ from raysys.errors import BundleError
 from raysys.pipeline import Pipeline
 from raysys.queries import Queries
 from raysys.registry import Registry
+from raysys.serve.metrics import Metrics
 from raysys.serve.models import Compute, Models
-from raysys.serve.together import MAX_BATCH, Stage, TogetherBackend
+from raysys.serve.together import MAX_BATCH, Lane, TogetherBackend
 
 NOBODY = np.zeros(0, np.int32)
 
@@ -20,7 +21,7 @@ NOBODY = np.zeros(0, np.int32)
 @pytest.fixture
 def models(tmp_path, planted_bundle):
     Registry(str(tmp_path)).publish(planted_bundle)
-    return Models(str(tmp_path), Compute(cached_histories=100))
+    return Models(str(tmp_path), Compute(cached_histories=100), Metrics())
 
 
 def test_answers_equal_the_pipeline_also_in_a_batch(models, planted_bundle):
@@ -68,10 +69,10 @@ def test_a_stage_takes_what_waits_at_once_and_skips_who_gave_up():
         return [ValueError("odd") if request % 2 else request for request in requests]
 
     async def run():
-        stage = Stage("test", handle)
-        first = asyncio.create_task(stage(0))
+        lane = Lane("test", handle)
+        first = asyncio.create_task(lane(0))
         await asyncio.sleep(0.1)  # the thread holds the first one
-        rest = [asyncio.create_task(stage(number)) for number in range(1, MAX_BATCH + 5)]
+        rest = [asyncio.create_task(lane(number)) for number in range(1, MAX_BATCH + 5)]
         await asyncio.sleep(0.05)
         rest[1].cancel()
         await asyncio.sleep(0)
@@ -92,8 +93,8 @@ def test_a_broken_stage_goes_on():
         return requests
 
     async def run():
-        stage = Stage("test", handle)
-        return await asyncio.gather(stage(1), return_exceptions=True), await stage(2)
+        lane = Lane("test", handle)
+        return await asyncio.gather(lane(1), return_exceptions=True), await lane(2)
 
     (failed,), fine = asyncio.run(run())
     assert isinstance(failed, RuntimeError) and fine == 2

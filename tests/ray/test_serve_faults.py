@@ -1,0 +1,257 @@
+"""What a client sees while things break, over real HTTP. The table of docs/serving.md is made of these tests."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from raysys.registry import Registry
+from raysys.serve.launch import running_service
+from tests import planted
+from tests.planted import cluster_of
+from tests.ray.test_serve import gcs_address
+from tests.service import apart_config, call, free_port, replica_pids
+from tests.shifted_clock import ShiftedClock
+from tests.traffic import Traffic
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def two_ingresses(folder: Path, **args) -> str:
+    """serve_config.yaml with two ingress replicas, so that one is there while the other is not."""
+    values = apart_config()  # stages that can die alone
+    values["applications"][0]["args"] |= args
+    values["applications"][0]["deployments"][0]["autoscaling_config"] |= {"min_replicas": 2}
+    path = folder / f"two-{len(list(folder.glob('two-*')))}.json"
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def published(folder: Path, bundle: str) -> dict[str, str]:
+    registry = str(folder / "registry")
+    Registry(registry).publish(bundle)
+    return {"registry": registry, "events": str(folder / "events"), "state": str(folder / "state")}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, planted_bundle):
+    return published(tmp_path_factory.mktemp("faults"), planted_bundle)
+
+
+@pytest.fixture(scope="module")
+def base_url(places, tmp_path_factory):
+    with running_service(**places, port=free_port(), config_path=two_ingresses(tmp_path_factory.mktemp("config"))) as url:
+        with Traffic(url) as traffic:
+            traffic.wait_until_sound()
+        yield url
+
+
+@pytest.mark.parametrize("stage", ["Retrieval", "Ranking"])
+def test_a_killed_model_replica_costs_quality_and_no_answer(base_url, stage):
+    with Traffic(base_url) as traffic:
+        traffic.wait_until_sound()
+        killed = time.monotonic()
+        for pid in replica_pids(stage):
+            os.kill(pid, signal.SIGKILL)
+        worse = traffic.wait_until(lambda seen: any(one.degraded for one in seen), since=killed)
+        traffic.wait_until_sound()
+    assert traffic.statuses() == {200}
+    reasons = {one.reason for one in worse if one.degraded}
+    assert all(reason.startswith(f"{stage.lower()} failed") for reason in reasons)
+    if stage == "Retrieval":
+        answers = [one.body for one in traffic.since(killed) if one.degraded]
+        assert {answer["strategy"] for answer in answers} == {"fallback"}
+        assert all(len(answer["items"]) == 5 for answer in answers)
+        assert {source for answer in answers for item in answer["items"] for source in item["sources"]} >= {"covisit"}
+
+
+def test_a_killed_ingress_replica_is_replaced_by_the_other(base_url):
+    with Traffic(base_url) as traffic:
+        traffic.wait_until_sound()
+        assert len(pids := replica_pids("Ingress")) >= 2
+        os.kill(pids[0], signal.SIGKILL)
+        time.sleep(3)
+        traffic.wait_until_sound()
+    failed = [one for one in traffic.seen if one.status != 200]
+    assert not failed, f"{len(failed)} of {len(traffic.seen)}: {failed[:3]}"
+
+
+def test_a_ranker_that_hangs_for_two_seconds_costs_nobody_two_seconds(base_url):
+    """SIGSTOP: the replica is alive, connected and silent. After some late answers it is not waited for."""
+    with Traffic(base_url, deadline_ms=400) as traffic:
+        traffic.wait_until_sound()
+        victims, stopped = replica_pids("Ranking"), time.monotonic()
+        for pid in victims:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(2)
+        for pid in victims:
+            os.kill(pid, signal.SIGCONT)
+        meanwhile = [one for one in traffic.since(stopped) if one.degraded]
+        traffic.wait_until_sound()
+    assert traffic.statuses() == {200}
+    assert len(meanwhile) > 5 and {one.reason.partition(" (")[0] for one in meanwhile} == {"ranking failed"}
+    assert max(one.ms for one in meanwhile) < 1000, "the deadline was 400 ms"
+    own = [cluster_of(item["item_id"]) for one in meanwhile for item in one.body["items"]]
+    assert len(own) == 5 * len(meanwhile), "retrieval's order answers"
+
+
+def test_a_hanging_ranker_is_left_alone_when_it_failed_in_a_row(base_url):
+    """Without a deadline of the client each would wait `ranking_ms`; the stage is left alone long before that adds up."""
+    with Traffic(base_url, clients=8) as traffic:
+        traffic.wait_until_sound()
+        victims, stopped = replica_pids("Ranking"), time.monotonic()
+        for pid in victims:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(5)
+        for pid in victims:
+            os.kill(pid, signal.SIGCONT)
+        meanwhile = [one for one in traffic.since(stopped) if one.degraded]
+        traffic.wait_until_sound()
+    assert traffic.statuses() == {200}
+    skipped = [one for one in meanwhile if one.reason == "ranking failed (StageUnavailable)"]
+    assert len(skipped) > len(meanwhile) / 2 and sorted(one.ms for one in skipped)[len(skipped) // 2] < 500
+
+
+def test_a_damaged_version_is_not_taken_and_the_one_before_answers_on(base_url, places, tmp_path):
+    registry = Registry(places["registry"])
+    before = registry.current().version
+    planted.build_bundle(seed=7).write(str(tmp_path / "next"), manifest=planted.manifest())
+    with Traffic(base_url) as traffic:
+        traffic.wait_until_sound()
+        current = Path(places["registry"]) / "current.json"
+        pointer = current.read_bytes()
+        version = registry.publish(str(tmp_path / "next")).version
+        moved = current.read_bytes()
+        current.write_bytes(pointer)  # back, before anybody looks once a second; damaged, then named again
+        weights = Path(places["registry"]) / "versions" / version / "ranker.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        weights.write_bytes(content)
+        current.write_bytes(moved)
+        time.sleep(6)
+        status, models = call(base_url, "GET", "/v1/models")
+        current.write_bytes(pointer)
+        time.sleep(2)
+        traffic.wait_until_sound()
+    assert traffic.statuses() == {200} and not [one for one in traffic.seen if one.degraded]
+    assert models["current"] == before and {one.body["model_version"] for one in traffic.seen} == {before}
+
+
+def test_a_deploy_under_load_fails_no_request(base_url, places, tmp_path, own_home):
+    """Other arguments, so every replica is replaced: the new ones answer before the old ones go."""
+    with Traffic(base_url) as traffic:
+        traffic.wait_until_sound()
+        before = set(replica_pids("Ingress"))
+        values = json.loads(Path(two_ingresses(tmp_path, **places, history_events=400, ranking_ms=900)).read_text())
+        values["http_options"]["port"] = int(base_url.rpartition(":")[2])
+        path = tmp_path / "again.json"
+        path.write_text(json.dumps(values))
+        deploy = subprocess.Popen(
+            [sys.executable, "-m", "ray.serve.scripts", "run", str(path)],
+            env={**os.environ, "RAY_ADDRESS": gcs_address(own_home)},
+            stdout=(tmp_path / "log").open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            deadline = time.monotonic() + 90
+            while set(replica_pids("Ingress")) & before:
+                assert time.monotonic() < deadline and deploy.poll() is None, (tmp_path / "log").read_text()[-2000:]
+                time.sleep(0.5)
+            traffic.wait_until_sound()
+        finally:
+            deploy.kill()  # a polite end would shut Serve down
+            deploy.wait()
+    failed = [one for one in traffic.seen if one.status != 200]
+    assert not failed, f"{len(failed)} of {len(traffic.seen)}: {failed[:3]}"
+
+
+def test_redis_killed_and_back(tmp_path, planted_bundle):
+    from tests.redis_process import RedisProcess
+
+    server = RedisProcess(tmp_path / "redis")
+    places = published(tmp_path, planted_bundle) | {name: f"{server.uri}?prefix={name}" for name in ("events", "state")}
+    event = {"user_id": "u", "item_id": "item-001"}
+    try:
+        with running_service(**places, port=free_port()) as url, Traffic(url) as traffic:
+            traffic.wait_until_sound()
+            assert call(url, "POST", "/v1/events", {**event, "event_id": "before"})[1]["accepted"] == 1
+            killed = time.monotonic()
+            server.kill()
+            worse = traffic.wait_until(lambda seen: sum(one.degraded for one in seen) > 20, since=killed)
+            status, body = call(url, "POST", "/v1/events", {**event, "event_id": "lost?"})
+            server.start()
+            traffic.wait_until_sound()
+            again = call(url, "POST", "/v1/events", {**event, "event_id": "before"})[1]
+            held = call(url, "GET", "/v1/users/u")[1]["events"]
+    finally:
+        server.stop()
+    assert traffic.statuses() == {200}
+    assert {one.reason for one in worse if one.degraded} == {"state cannot be read (StateError)"}
+    assert status == 503 and body["error"]["type"] == "state_unavailable"
+    assert again["duplicates"] == 1 and len(held) >= 1
+
+
+def test_full_disk_refuses_writes_and_answers_on(tmp_path, planted_bundle):
+    if os.geteuid() != 0:
+        pytest.skip("a size-limited tmpfs needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        places = published(tmp_path, planted_bundle) | {"events": str(small / "events")}
+        with running_service(**places, port=free_port()) as url, Traffic(url) as traffic:
+            traffic.wait_until_sound()
+            assert call(url, "POST", "/v1/events", {"user_id": "u", "item_id": "item-001"})[1]["accepted"] == 1
+            filler = small / "filler"
+            with filler.open("wb") as file:
+                try:
+                    while file.write(b"x" * 65536):
+                        file.flush()
+                except OSError:
+                    pass
+            full = time.monotonic()
+            big = {"user_id": "u", "item_id": "item-002", "event_id": "e-2", "properties": {"filler": "x" * 50_000}}
+            status, body = call(url, "POST", "/v1/events", big)
+            traffic.wait_until(lambda seen: len(seen) > 50, since=full)
+            filler.unlink()
+            deadline = time.monotonic() + 30
+            while call(url, "POST", "/v1/events", big)[0] != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+            held = [event["item_id"] for event in call(url, "GET", "/v1/users/u")[1]["events"]]
+        assert status == 503 and body["error"]["type"] == "state_unavailable" and "No space left" in body["error"]["message"]
+        assert traffic.statuses() == {200} and not [one for one in traffic.seen if one.degraded]
+        assert held == ["item-001", "item-002"]
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_the_clock_jumps_an_hour_back_and_a_day_ahead(tmp_path, planted_bundle, monkeypatch):
+    """The wall clock of every process of the service; what is measured by the monotonic clock goes on."""
+    clock = ShiftedClock(tmp_path)
+    for name, value in clock.environment.items():
+        monkeypatch.setenv(name, value)
+    places = published(tmp_path, planted_bundle)
+    with running_service(**places, port=free_port()) as url:
+        for name in clock.environment:
+            monkeypatch.delenv(name)
+        with Traffic(url) as traffic:
+            traffic.wait_until_sound()
+            for at, jump in enumerate((-3600, 86_400, 0)):
+                clock.shift(jump)
+                jumped = time.monotonic()
+                event = {"user_id": f"jumper-{at}", "item_id": "item-070", "event": "view"}
+                assert call(url, "POST", "/v1/events", event)[1]["accepted"] == 1
+                answer = call(url, "POST", "/v1/recommend", {"user_id": f"jumper-{at}", "n": 5})[1]
+                assert answer["strategy"] == "personalized" and "item-070" not in [item["item_id"] for item in answer["items"]]
+                traffic.wait_until(lambda seen: len(seen) > 100, since=jumped)
+            stamps = [call(url, "GET", f"/v1/users/jumper-{at}")[1]["events"][0]["timestamp"] for at in range(3)]
+    assert traffic.statuses() == {200} and not [one for one in traffic.seen if one.degraded]
+    assert stamps[2] - stamps[0] == pytest.approx(3600, abs=120) and stamps[1] - stamps[2] == pytest.approx(86400, abs=120)
