@@ -165,6 +165,7 @@ def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np
             "exclude_seen": only_new,
         },
         "encoder": {
+            "epochs": 32 if dense and not few else 20,  # MovieLens-1M: ndcg@10 on validation .198 of 12 epochs, .213 of 32
             "batch_size": int(np.clip(2 ** np.round(np.log2(windows / 90)), 16, 256)),  # about 90 steps an epoch
             "weight_decay": 0.1 if dense else 0.5,
             "loss": loss,
@@ -179,5 +180,5 @@ def demo_config() -> tuple[TrainConfig, frozenset[str]]:
     """Settings of the MovieLens-100k demo: the defaults, shortened to what a newcomer waits for."""
     interest = InterestConfig(dropout=0.3, max_length=100)
     encoder = EncoderTrainConfig(epochs=10, batch_size=16, warmup_steps=50, ema=0.98)
-    given = {"interest.dropout", "interest.max_length", "encoder.batch_size"}
+    given = {"interest.dropout", "interest.max_length", "encoder.batch_size", "encoder.epochs"}
     return TrainConfig(interest=interest, encoder=encoder, refit_epochs=3), frozenset(given)
