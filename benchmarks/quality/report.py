@@ -53,14 +53,18 @@ def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
         "Intervals: bootstrap over users, 95%, of the first seed.",
     ]
     page = storage.join(out, f"{hardware}_{date}.md")
+    peers = {result["data"]: result for result in results if result.get("kind") == "peers"}
+    results = [result for result in results if result.get("kind") != "peers"]
     order = {name: index for index, name in enumerate(SETS)}
-    sections = [section(result) for result in sorted(results, key=lambda result: (order[result["data"]], result["name"]))]
+    sections = [
+        section(result, peers.get(result["data"])) for result in sorted(results, key=lambda result: (order[result["data"]], result["name"]))
+    ]
     storage.write_bytes(page, "\n".join([*head, *sections, ""]).encode())
     return page
 
 
-def section(result: dict) -> str:
-    """Bars, ours by stage, published."""
+def section(result: dict, peers: dict | None = None) -> str:
+    """Bars, ours by stage, peers trained on the same machine, published."""
     runs, about = result["runs"], result["about"]
     seconds = [run["seconds"] for run in runs]
     peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"]]
@@ -83,6 +87,10 @@ def section(result: dict) -> str:
     rows += [(f"without: {name}", [run["left_out"][name] for run in metrics]) for name in common(run["left_out"] for run in metrics)]
     rows += [("any", [run["union"] for run in metrics])]
     lines += [f"| {title} | {' | '.join(cells(figures))} |" for title, figures in rows]
+    for row in peers["rows"] if peers else ():
+        low, high = row["ndcg@10_interval"]
+        title = f"trained here, {row['seconds'] / 60:.0f} minutes: {row['series']}"
+        lines.append(f"| {title} | {row['recall@10']:.4f} | {row['ndcg@10']:.4f} | {low:.4f} to {high:.4f} | | |")
     lines += [
         f"| published: {who} | {shown(recall)} | {shown(ndcg)} | | | |" for who, (recall, ndcg) in SETS[result["data"]].published.items()
     ]
