@@ -1,4 +1,5 @@
 import dataclasses
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,6 @@ from raysys.models.covisit import Covisitation
 from raysys.models.fusion import Fusion
 from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetriever
 from raysys.models.popularity import Popularity
-from raysys.online import learner as learner_module
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import flat_sequences, read_fresh
 from raysys.online.improve import improve
@@ -289,6 +289,16 @@ def test_an_erased_user_leaves_the_next_version(world):
     assert learner_of(world).round()["status"] == "idle"
 
 
+def test_an_erasure_counts_also_when_retention_has_dropped_its_record(world):
+    _, log = world
+    log.append([{"kind": "erase", "user_key": user_key("u3").hex(), "at": time.time() + 10}])
+    log.close()
+    for segment in log.segments():
+        log.drop(segment)
+    assert learner_of(world).round()["status"] == "published"
+    assert current(world).histories.lookup("u3") is None and current(world).histories.lookup("u4") is not None
+
+
 def test_another_user_key_is_refused(world, monkeypatch):
     monkeypatch.setenv("RAYSYS_USER_KEY", "another key for tests")
     with pytest.raises(ConfigError, match="written with user key"):
@@ -298,20 +308,21 @@ def test_another_user_key_is_refused(world, monkeypatch):
 def test_run_online_once(world, tmp_path, capsys):
     registry, log = world
     log.append(events_of(walks(20, STEP, 4, np.random.default_rng(0)), 0))
-    report = run_online(registry.uri, log.folder, str(tmp_path / "state"), once=True, config=CONFIG)
+    report = run_online(registry.uri, log.folder, once=True, config=CONFIG)
     assert report["status"] == "published" and report["version"] == registry.current().version
     assert f"published: version {report['version']}, 80 events" in capsys.readouterr().out
 
 
 def test_no_model_is_a_state_and_not_an_error(tmp_path):
-    report = run_online(str(tmp_path / "empty"), str(tmp_path / "events"), str(tmp_path / "state"), once=True)
+    report = run_online(str(tmp_path / "empty"), str(tmp_path / "events"), once=True)
     assert report["status"] == "no model"
 
 
-def test_one_learner_a_state(world, tmp_path):
+def test_one_learner_a_log(world):
     registry, log = world
-    with learner_module._only_one(str(tmp_path / "state")), pytest.raises(StateError, match="another"):
-        run_online(registry.uri, log.folder, str(tmp_path / "state"), once=True)
+    with log.exclusive("learner"), pytest.raises(StateError, match="alone at learner"):
+        run_online(registry.uri, log.folder, once=True)
+    assert run_online(registry.uri, log.folder, once=True)["status"] == "idle"
 
 
 def test_a_refusal_by_the_registry_itself_is_not_hidden(world, monkeypatch):
