@@ -23,6 +23,12 @@ class OnlineConfig:
     """Sequences a step."""
     lr: float = 2e-4
     """Peak learning rate of the fine-tuning, about a tenth of the training's."""
+    recent_half_life_days: float = 7.0
+    """A co-visitation of the learner's own forgets a pair by half in so many days of the data's time; 0 for none."""
+    mixture_events: int = 2000
+    """Newest events on which the weights and temperatures of the sources are refitted, at most."""
+    mixture_prior: float = 200.0
+    """Events that the present mixture counts for when it is refitted; 0 leaves it as it was trained."""
     threads: int = 1
     """Torch threads of a round; the learner mostly shares its machine with the service."""
     margin: float = 0.02

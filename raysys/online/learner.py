@@ -122,7 +122,7 @@ class Learner:
         if fresh.num_events < self.config.min_events and not fresh.erased or self._refused_at == (pointer.version, fresh.offset):
             return report | {"status": "waiting"}
         bundle = grown(bundle, fresh.new_items)
-        result = Improvement({}, True, "", {"events": 0})
+        result = Improvement({}, bundle.fusion, True, "", {"events": 0})
         if fresh.num_events:
             result = self.step(bundle, fresh, self.config, pointer.sequence)
         report |= {"figures": result.figures, "learning_s": round(time.monotonic() - started, 2)}
@@ -147,7 +147,7 @@ class Learner:
         counts = bundle.items["num_train"].to_numpy() + np.bincount(new_items, minlength=bundle.items.num_rows)
         column = bundle.items.schema.get_field_index("num_train")
         items = bundle.items.set_column(column, "num_train", [counts])
-        updated = Bundle(items, models, bundle.fusion, merged_histories(bundle.histories, fresh))
+        updated = Bundle(items, models, result.fusion, merged_histories(bundle.histories, fresh))
         kept = {name: value for name, value in bundle.manifest.items() if name not in WRITTEN_BY_BUNDLE}
         lineage = bundle.manifest.get("lineage") or {"trained": bundle.version, "rounds": 0, "events": 0}
         newest = int(fresh.sequences.times[fresh.arrival >= 0].max(initial=0))

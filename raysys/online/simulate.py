@@ -14,7 +14,7 @@ import random
 import time
 import urllib.parse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,10 +52,8 @@ class SimulateConfig:
     """Which arms run."""
     port: int = 8077
     """HTTP port of a service that is started here."""
-    epochs: int = 2
-    """Of the learner's fine-tuning; see `OnlineConfig`."""
-    lr: float = 1e-3
-    """Of the learner's fine-tuning."""
+    learner: OnlineConfig = field(default_factory=OnlineConfig)
+    """Of the arm that learns."""
     train_epochs: int = 10
     """Epochs of the first model's encoder at most."""
     seed: int = 0
@@ -129,7 +127,7 @@ def simulate(data: str, out: str, config: SimulateConfig, *, url: str | None = N
             arms[arm] = run_arm(arm, bundle, tail, items, storage.join(out, arm), config)
             storage.write_json(storage.join(out, f"{arm}.json"), arms[arm])  # an hour of replay must not be lost with the next arm
     result = {
-        "settings": {name: getattr(config, name) for name in config.__dataclass_fields__},
+        "settings": asdict(config),
         "events": len(tail["item_id"]),
         "trained_on": len(head),
         "arms": arms,
@@ -208,8 +206,7 @@ def run_arm(arm: str, bundle: str, tail: dict[str, list], items: dict[str, dict]
         storage.remove(place)
     registry = Registry(places["registry"])
     registry.publish(bundle)
-    learning = OnlineConfig(epochs=config.epochs, lr=config.lr, seed=config.seed)
-    learner = Learner(places["registry"], places["events"], learning) if arm == "on" else None
+    learner = Learner(places["registry"], places["events"], config.learner) if arm == "on" else None
     with running_service(registry=places["registry"], events=places["events"], state=places["state"], port=config.port) as url:
         return replay(url, tail, items, (lambda: None) if learner is None else learner.round, config)
 

@@ -139,7 +139,7 @@ class Retrieval:
 
     def __init__(self, registry: str, threads: int = 1):
         torch.set_num_threads(threads)
-        self._models = Models(registry, only=("interest", "covisit", "linear", "content", "popularity", "dot_product"))
+        self._models = Models(registry, only=("interest", "covisit", "recent", "linear", "content", "popularity", "dot_product"))
         pipeline = self._models.load_current()
         if pipeline is not None:
             warm_up(pipeline)

@@ -27,6 +27,8 @@ N = 40
 """Planted truth of the training data: item i is followed by i + 2; later users jump from i to i + STEP instead."""
 STEP = 13
 CONFIG = OnlineConfig(anchor_users=40, replay_users=60, batch_size=32, lr=1e-3)
+ALONE = dataclasses.replace(CONFIG, recent_half_life_days=0, mixture_prior=0)
+"""Without the parts that make up for an encoder that was spoilt."""
 
 
 def walks(num_users, step, length, rng):
@@ -191,7 +193,7 @@ def test_a_worse_update_is_refused_once_and_tried_again_with_more_events(world, 
             parameter.data.normal_(generator=generator)
 
     monkeypatch.setattr("raysys.online.improve.train_encoder", ruined)
-    learner = learner_of(world, CONFIG)
+    learner = learner_of(world, ALONE)
     log.append(events_of(walks(20, STEP, 4, np.random.default_rng(0)), 0))
     report = learner.round()
     assert report["status"] == "refused" and "the margin is 0.02" in report["reason"]
@@ -218,7 +220,7 @@ def test_each_gate_stops_what_the_others_let_pass(world, monkeypatch):
         ("max_log_loss_rise", 0.1, "calibration"),
         ("max_drift", 0.1, "score drift"),
     ):
-        report = learner_of(world, dataclasses.replace(CONFIG, **{**open_gates, gate: bound})).round()
+        report = learner_of(world, dataclasses.replace(ALONE, **{**open_gates, gate: bound})).round()
         assert report["status"] == "refused" and words in report["reason"]
     assert learner_of(world, dataclasses.replace(CONFIG, **open_gates)).round()["status"] == "published"
 
