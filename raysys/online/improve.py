@@ -41,10 +41,6 @@ MAX_COMPARED_SCORES = 1 << 24
 """Scores held of either distribution."""
 
 
-Slices = dict[str, tuple[np.ndarray, np.ndarray]]
-"""Name -> figures of `_score` under the serving models and under the updated ones."""
-
-
 @dataclass(frozen=True)
 class Improvement:
     """What a step came to.
@@ -107,32 +103,25 @@ def _improve(bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> I
         fusion = evidence.refitted(prior_events=config.mixture_prior, first=int((arrival[positions] < before).sum()))
         return {**bundle.fusion, "mixture": fusion.to_dict()}
 
-    slices: Slices = {}
-    looked_at = {"anchor": (anchors, anchor_positions)}
-    gained = 0.0
     cut = fresh.num_events - int(config.holdout_share * fresh.num_events)
     if 0 < cut < fresh.num_events:
         older = arrival < cut
         candidate = _updated(bundle, sequences.where(older), arrival[older] >= 0, replay, config, seed)
         candidate.fusion = mixed(cut)
         held_out = judged[arrival[judged] >= cut]
-        slices |= {
+        slices = {
             "new": (prequential[arrival[judged] >= cut], _score(candidate, sequences, held_out)),
-            "anchor": (anchor, _score(candidate, anchors, anchor_positions)),
+            "anchor": (anchor, _score(_as_mixed(candidate, bundle), anchors, anchor_positions)),
         }
-        looked_at = {"new": (sequences, held_out), **looked_at}
-        reason = _verdict(candidate, slices, config, gate)
-        if not reason:
-            reason, gained = _shifted(bundle, candidate, looked_at, config, gate, 0.0)
+        reason = _verdict(candidate, slices, config.margin, gate) or _shifted(
+            bundle, candidate, {"new": (sequences, held_out), "anchor": (anchors, anchor_positions)}, config, gate
+        )
         if reason:
             return Improvement({}, bundle.fusion, False, reason, figures)
     final = _updated(bundle, sequences, arrival >= 0, replay, config, seed)
     final.fusion = mixed(fresh.num_events)
-    # The same step with a few more events: what the candidate has shown on the newest ones speaks for this one too.
-    slices["anchor"] = (anchor, _score(final, anchors, anchor_positions))
-    reason = _verdict(final, slices, config, gate)
-    if not reason:
-        reason, _ = _shifted(bundle, final, {"anchor": looked_at["anchor"]}, config, gate, gained)
+    slices = {"anchor": (anchor, _score(_as_mixed(final, bundle), anchors, anchor_positions))}
+    reason = _verdict(final, slices, config.margin, gate) or _shifted(bundle, final, {"anchor": (anchors, anchor_positions)}, config, gate)
     if reason:
         return Improvement({}, bundle.fusion, False, reason, figures)
     changed = {name: model.to_arrays() for name, model in final.models.items() if model is not bundle.models[name]}
@@ -224,11 +213,10 @@ def _named(values: np.ndarray) -> dict[str, float | int]:
     return {"events": len(values), f"ndcg@{K}": float(values[:, 0].mean()), f"recall@{K}": float(values[:, 1].mean())}
 
 
-def _verdict(candidate: Bundle, slices: Slices, config: OnlineConfig, gate: dict) -> str:
+def _verdict(candidate: Bundle, slices: dict[str, tuple[np.ndarray, np.ndarray]], margin: float, gate: dict) -> str:
     """Why the candidate must not be published; empty when it may. Fills `gate` with the figures.
 
-    A loss counts as far as it is more than noise, one standard error. Where tastes have changed, following them costs something
-    with users of whom nothing new is known: they may lose as much more as the new events gain beyond two standard errors.
+    A loss counts as far as it is more than one standard error: less cannot be told from the luck of the sample.
     """
     for name, model in candidate.models.items():
         bad = [key for key, array in model.to_arrays()[0].items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
@@ -236,59 +224,49 @@ def _verdict(candidate: Bundle, slices: Slices, config: OnlineConfig, gate: dict
             return f"{name} has values that are not finite in {', '.join(bad)}"
     for name, (before, after) in slices.items():
         gate[name] = {"serving": _named(before), "updated": _named(after)}
-    gained = _beyond_noise(slices["new"][1][:, 0] - slices["new"][0][:, 0], 2.0) if "new" in slices else 0.0
-    for name, (before, after) in slices.items():
         if not len(before):
             continue
-        allowed = config.margin + (gained if name == "anchor" else 0.0)
-        loss = before[:, 0] - after[:, 0]
-        if not _beyond_noise(loss, 1.0) <= allowed:
-            return f"NDCG@{K} on the {name} slice fell by {loss.mean():.4f}, the margin is {allowed:g}"
+        losses = before[:, 0] - after[:, 0]
+        if not losses.mean() - losses.std() / np.sqrt(len(losses)) <= margin:
+            return f"NDCG@{K} on the {name} slice fell by {losses.mean():.4f}, the margin is {margin:g}"
     return ""
 
 
-def _beyond_noise(values: np.ndarray, errors: float) -> float:
-    """How far the mean of some values is above 0 for certain: less so many standard errors; 0 where it is not, NaN where it is none."""
-    if not len(values):
-        return 0.0
-    least = values.mean() - errors * values.std() / np.sqrt(len(values))
-    return float(least) if np.isnan(least) else max(0.0, float(least))
-
-
-def _shifted(
-    bundle: Bundle, candidate: Bundle, slices: dict[str, tuple[Sequences, np.ndarray]], config: OnlineConfig, gate: dict, gained: float
-) -> tuple[str, float]:
+def _shifted(bundle: Bundle, candidate: Bundle, slices: dict[str, tuple[Sequences, np.ndarray]], config: OnlineConfig, gate: dict) -> str:
     """Why the candidate's probabilities must not be published; empty when they may. Adds the figures to `gate`.
 
     Calibration: log loss is a proper score, it rises when a model grows too sure. Drift: people of whom nothing new
-    is known should mostly be told what they were told before. Both may move further by what the new events' log loss gains.
-
-    Args:
-        gained: nats by which an update that had not seen them predicts new events better, beyond noise.
-
-    Returns:
-        The reason, and `gained` by this candidate where the slices have new events.
+    is known should mostly be told what they were told before, unless the new events prove that what was true has changed: by as
+    many nats as a candidate that had not seen them predicts them better, beyond two standard errors, answers may move further.
     """
     for name, (sequences, positions) in slices.items():
         positions = positions[-min(MAX_COMPARED, max(1, MAX_COMPARED_SCORES // bundle.items.num_rows)) :]
         if not len(positions):
             continue
-        before, after = (_distribution(one, sequences, positions) for one in (bundle, candidate))
         rows, targets = np.arange(len(positions)), sequences.items[positions]
-        rises = before[rows, targets] - after[rows, targets]
-        gate[name]["log_loss_rise"] = float(rises.mean())
-        allowed = config.max_log_loss_rise + gained
-        if not rises.mean() <= allowed:
-            return f"calibration: log loss on the {name} slice rose by {rises.mean():.3f} nats, at most {allowed:g} is allowed", gained
-        if name == "new":
-            gained = _beyond_noise(-rises, 2.0)
-        else:
+        before, after = (_distribution(one, sequences, positions) for one in (bundle, candidate))
+        if name == "anchor":
             drift = float(0.5 * np.abs(np.exp(before) - np.exp(after)).sum(axis=1).mean())
             gate[name]["drift"] = drift
-            allowed = config.max_drift + gained
+            allowed = config.max_drift + gate.get("new", {}).get("log_loss_proven_fall", 0.0)
             if not drift <= allowed:
-                return f"score drift: answers to users without news moved by {drift:.3f}, at most {allowed:g} is allowed", gained
-    return "", gained
+                return f"score drift: answers to users without news moved by {drift:.3f}, at most {allowed:.3g} is allowed"
+            after = _distribution(_as_mixed(candidate, bundle), sequences, positions)
+        rises = before[rows, targets] - after[rows, targets]
+        rise = gate[name]["log_loss_rise"] = float(rises.mean())
+        if name == "new":
+            gate[name]["log_loss_proven_fall"] = max(0.0, -rise - 2 * float(rises.std()) / np.sqrt(len(rises)))
+        if not rise <= config.max_log_loss_rise:
+            return f"calibration: log loss on the {name} slice rose by {rise:.3f} nats, at most {config.max_log_loss_rise:g} is allowed"
+    return ""
+
+
+def _as_mixed(candidate: Bundle, bundle: Bundle) -> Bundle:
+    """The candidate's models in the mixture of another version.
+
+    So it is judged by anchor users: their events have been learnt, by some sources more than by others, and would speak for those.
+    """
+    return Bundle(candidate.items, candidate.models, bundle.fusion, candidate.histories, candidate.manifest)
 
 
 def _distribution(bundle: Bundle, sequences: Sequences, positions: np.ndarray) -> np.ndarray:

@@ -24,9 +24,9 @@ NEW_TEMPERATURE = 0.35
 """Of a source that is new, relative to the distance of its first from its hundredth score."""
 GRID = tuple(2.0**power for power in range(-4, 5))
 """Temperatures, relative to the present ones, between which normalisers are interpolated; a step stays within them."""
-STEPS = 80
-STEP_SIZE = 0.1
-KEEP = 60
+STEPS = 40
+STEP_SIZE = 0.15
+KEEP = 30
 """Best items a source that are looked at."""
 
 

@@ -17,7 +17,7 @@ from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetr
 from raysys.models.popularity import Popularity
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import flat_sequences, read_fresh
-from raysys.online.improve import improve
+from raysys.online.improve import _verdict, improve
 from raysys.online.learner import Learner, run_online
 from raysys.registry import Registry
 from raysys.train.batches import InMemory
@@ -77,7 +77,7 @@ def learner_of(world, config=CONFIG, **options):
     return Learner(registry.uri, log.folder, config, **options)
 
 
-def events_of(items, first_user, *, step_s=100):
+def events_of(items, first_user, *, step_s=100, first_time=1e6):
     """Records of users that walk along the rows of `items`."""
     records = [
         {
@@ -85,7 +85,7 @@ def events_of(items, first_user, *, step_s=100):
             "user_id": f"n{first_user + row}",
             "item_id": f"i{item}",
             "event": "view",
-            "timestamp": 1e6 + step_s * column + row,
+            "timestamp": first_time + step_s * column + row,
         }
         for column in range(items.shape[1])
         for row, item in enumerate(items[:, column])
@@ -223,6 +223,37 @@ def test_each_gate_stops_what_the_others_let_pass(world, monkeypatch):
         report = learner_of(world, dataclasses.replace(ALONE, **{**open_gates, gate: bound})).round()
         assert report["status"] == "refused" and words in report["reason"]
     assert learner_of(world, dataclasses.replace(CONFIG, **open_gates)).round()["status"] == "published"
+
+
+def test_the_mixture_follows_what_has_changed(world, tmp_path):
+    """The encoder stays as it is here: what wins is weight that leaves it for the sources that count."""
+    registry, log = world
+    still, copy = dataclasses.replace(ALONE, epochs=0, margin=2.0), Registry(tmp_path / "copy")
+    copy.publish(registry.bundle_uri(registry.current().version))
+    rng, found = np.random.default_rng(5), {}
+    for part in range(3):
+        log.append(events_of(walks(40, STEP, 6, rng), 100 * part, first_time=1e6 + 1e4 * part))
+        for place, config in ((registry, dataclasses.replace(CONFIG, epochs=0, mixture_prior=20, margin=2.0)), (copy, still)):
+            report = Learner(place.uri, log.folder, config).round()
+            assert report["status"] == "published", report.get("reason")
+            found[place.uri] = report["figures"]["prequential"]["ndcg@10"]
+    mixed, unmixed = current(world), current((copy, log))
+    assert "recent" not in unmixed.models and unmixed.fusion == mixed.fusion | {"mixture": unmixed.fusion["mixture"]}
+    before, after = unmixed.fusion["mixture"]["weights"], mixed.fusion["mixture"]["weights"]
+    assert after["recent"] > 0 and after["interest"] < before["interest"] - 0.2, (before, after)
+    assert found[registry.uri] > found[copy.uri] + 0.05, "on events that neither had learnt"
+
+
+def test_a_loss_counts_beyond_its_standard_error():
+    rng = np.random.default_rng(0)
+    bundle = Bundle(pa.table({"item_id": ["a"]}), {}, {}, Histories(pa.table({"user_key": []}), 1))
+
+    def verdict(loss, num_events):
+        losses = np.tile(loss + rng.permutation(np.repeat([-0.2, 0.2], num_events // 2))[:, None], 2)  # an error of .2 / sqrt(events)
+        return _verdict(bundle, {"new": (losses, np.zeros_like(losses))}, 0.02, {})
+
+    assert verdict(0.035, 100) == "" and "new slice fell by 0.0450, the margin is 0.02" in verdict(0.045, 100)
+    assert "new slice fell by 0.0350" in verdict(0.035, 1000)
 
 
 def test_values_that_are_not_finite_are_refused(world):
