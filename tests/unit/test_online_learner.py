@@ -17,7 +17,8 @@ from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetr
 from raysys.models.popularity import Popularity
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import flat_sequences, read_fresh
-from raysys.online.improve import _verdict, improve
+from raysys.online.gate import is_change, verdict
+from raysys.online.improve import improve
 from raysys.online.learner import Learner, run_online
 from raysys.registry import Registry
 from raysys.train.batches import InMemory
@@ -194,11 +195,11 @@ def test_a_worse_update_is_refused_once_and_tried_again_with_more_events(world, 
 
     monkeypatch.setattr("raysys.online.improve.train_encoder", ruined)
     learner = learner_of(world, ALONE)
-    log.append(events_of(walks(20, STEP, 4, np.random.default_rng(0)), 0))
+    log.append(events_of(walks(20, 2, 4, np.random.default_rng(0)), 0))
     report = learner.round()
     assert report["status"] == "refused" and "the margin is 0.02" in report["reason"]
     assert learner.round()["status"] == "waiting"
-    log.append(events_of(walks(20, STEP, 4, np.random.default_rng(1)), 20))
+    log.append(events_of(walks(20, 2, 4, np.random.default_rng(1)), 20))
     assert learner.round()["status"] == "refused"
     assert registry.current() == pointer
 
@@ -248,12 +249,21 @@ def test_a_loss_counts_beyond_its_standard_error():
     rng = np.random.default_rng(0)
     bundle = Bundle(pa.table({"item_id": ["a"]}), {}, {}, Histories(pa.table({"user_key": []}), 1))
 
-    def verdict(loss, num_events):
+    def said(loss, num_events):
         losses = np.tile(loss + rng.permutation(np.repeat([-0.2, 0.2], num_events // 2))[:, None], 2)  # an error of .2 / sqrt(events)
-        return _verdict(bundle, {"new": (losses, np.zeros_like(losses))}, 0.02, {})
+        return verdict(bundle, {"new": (losses, np.zeros_like(losses))}, OnlineConfig(margin=0.02), {})
 
-    assert verdict(0.035, 100) == "" and "new slice fell by 0.0450, the margin is 0.02" in verdict(0.045, 100)
-    assert "new slice fell by 0.0350" in verdict(0.035, 1000)
+    assert said(0.035, 100) == "" and "new slice fell by 0.0450, the margin is 0.02" in said(0.045, 100)
+    assert "new slice fell by 0.0350" in said(0.035, 1000)
+
+
+def test_a_proven_change_is_told_from_luck():
+    before = np.full((100, 2), 0.1)
+    even, lucky = np.full((100, 2), 0.14), np.concatenate([np.ones((7, 2)), np.full((93, 2), 0.1)])
+    assert not is_change(before, even, 0.5), "better by 40%"
+    assert is_change(before, even + 0.02, 0.5)
+    assert lucky[:, 0].mean() > 0.16 and not is_change(before, lucky - 0.06 * (lucky < 1), 0.5)
+    assert not is_change(before[:0], before[:0], 0.5)
 
 
 def test_values_that_are_not_finite_are_refused(world):
