@@ -19,7 +19,7 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
-from raysys.bundle import Bundle
+from raysys.bundle import MODEL_CLASSES, Bundle
 from raysys.errors import ServeOverloaded
 from raysys.events.dead_letters import DeadLetters
 from raysys.events.log import Record, open_log
@@ -139,7 +139,7 @@ class Retrieval:
 
     def __init__(self, registry: str, threads: int = 1):
         torch.set_num_threads(threads)
-        self._models = Models(registry, only=("interest", "covisit", "recent", "linear", "content", "popularity", "dot_product"))
+        self._models = Models(registry, only=tuple(name for name in MODEL_CLASSES if name != "ranker"))
         pipeline = self._models.load_current()
         if pipeline is not None:
             warm_up(pipeline)
