@@ -40,6 +40,7 @@ MANIFEST, VOCABULARY, ITEMS, HISTORIES = "manifest.json", "vocabulary.parquet", 
 MODEL_CLASSES = {
     "interest": "raysys.models.interest:InterestRetriever",
     "covisit": "raysys.models.covisit:Covisitation",
+    "recent": "raysys.models.covisit:Covisitation",
     "linear": "raysys.models.linear:Linear",
     "popularity": "raysys.models.popularity:Popularity",
     "content": "raysys.models.content:ContentNeighbours",

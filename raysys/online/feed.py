@@ -6,6 +6,7 @@ Only this part of the learner sees user ids; what leaves it is keyed by hash.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class Fresh:
         offset: of the log, after the last record read.
         num_records: records read, of all kinds.
         num_skipped: events left out: unknown items, duplicates.
+        oldest: when the service took in the first of the new usable events, UTC epoch seconds; None without any that say so.
         new_items: item id -> attributes of items upserted since that the bundle has no row for, in the order of their rows:
             the first one is row N of the bundle's items.
     """
@@ -45,6 +47,7 @@ class Fresh:
     offset: str
     num_records: int
     num_skipped: int
+    oldest: float | None = None
     new_items: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -67,7 +70,9 @@ def read_fresh(
     """
     gathered: dict[str, list[Record]] = defaultdict(list)  # user id -> events
     new_items = dict(pending or {})
-    erased: set[bytes] = set()
+    # Not from the records alone: a version that a rollback went back to may be older than what retention has left of the log.
+    created = datetime.fromisoformat(bundle.manifest["created"]).timestamp()
+    erased = {key for key, at in log.tombstones().items() if at >= created}
     seen_ids: set[str] = set()
     num_records = num_events = num_skipped = 0
     offset = after
@@ -97,12 +102,16 @@ def read_fresh(
     # Only now: an item may be told of after the first event on it.
     rows = {item_id: bundle.items.num_rows + place for place, item_id in enumerate(new_items)}
     usable: dict[str, list[tuple[int, int, int]]] = {}  # user id -> (item, event code, time)
+    received: list[float] = []
     for user_id, records in gathered.items():
-        found = [event for record in records if (event := _usable(record, bundle, rows)) is not None]
+        found = [(record, event) for record in records if (event := _usable(record, bundle, rows)) is not None]
         num_skipped += len(records) - len(found)
         if found:
-            usable[user_id] = found
-    return _joined(usable, erased, bundle, offset, num_records, num_skipped, new_items)
+            usable[user_id] = [event for _, event in found]
+            received += [record["received"] for record, _ in found if "received" in record]
+    sequences, arrival, keys = _joined(usable, erased, bundle)
+    oldest = min(received, default=None)
+    return Fresh(sequences, arrival, keys, frozenset(erased), offset, num_records, num_skipped, oldest, new_items)
 
 
 def _change(items: dict[str, dict[str, Any]], record: Record) -> None:
@@ -125,11 +134,7 @@ def _joined(
     gathered: dict[str, list[tuple[int, int, int]]],
     erased: set[bytes],
     bundle: Bundle,
-    offset: str,
-    num_records: int,
-    num_skipped: int,
-    new_items: dict[str, dict[str, Any]],
-) -> Fresh:
+) -> tuple[Sequences, np.ndarray, list[bytes]]:
     keys, columns, lengths = [], [], []
     for user_id, events in gathered.items():
         key = user_key(user_id)
@@ -149,7 +154,7 @@ def _joined(
     new_positions = np.flatnonzero(is_new)
     arrival[new_positions[np.argsort(times[new_positions], kind="stable")]] = np.arange(len(new_positions))
     sequences = flat_sequences(items, codes, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    return Fresh(sequences, arrival, keys, frozenset(erased), offset, num_records, num_skipped, new_items)
+    return sequences, arrival, keys
 
 
 def flat_sequences(items: np.ndarray, events: np.ndarray, times: np.ndarray, indptr: np.ndarray) -> Sequences:

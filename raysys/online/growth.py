@@ -21,6 +21,7 @@ from raysys.models.dot_product import DotProduct
 from raysys.models.interest import InterestEncoder, InterestRetriever
 from raysys.models.ranker import Ranker, RankerNetwork
 from raysys.online.feed import flat_sequences
+from raysys.online.recent import RECENT
 from raysys.schema import ITEM_ID, ITEM_IDX
 
 NEIGHBOURS = 10
@@ -48,8 +49,9 @@ def grown(bundle: Bundle, new_items: Mapping[str, Mapping[str, Any]]) -> Bundle:
     placed = np.any(vectors != 0, axis=1) if bundle.content_vectors is not None else np.zeros(len(new_items), bool)
     if "interest" in models:
         models["interest"] = _interest(models["interest"], mix, placed)
-    if "covisit" in models:
-        models["covisit"] = models["covisit"].update(NO_EVENTS, np.zeros(0, bool), num_items=num_items)
+    for name in ("covisit", RECENT):
+        if name in models:
+            models[name] = models[name].update(NO_EVENTS, np.zeros(0, bool), num_items=num_items)
     if "linear" in models:
         models["linear"] = models["linear"].grown(num_items)
     empty = NO_EVENTS

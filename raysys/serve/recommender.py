@@ -41,6 +41,7 @@ SOURCE_SHARE = 0.1
 """A source is named for an item when at least this share of the item's fused probability is its."""
 REASON_TEXT = {
     "covisit": "people who chose {title} chose this next",
+    "recent": "people who choose {title} these days choose this next",
     "linear": "goes with {title}",
     "interest": "fits what you have been choosing, {title} above all",
     "dot_product": "fits what you have been choosing",
@@ -51,6 +52,7 @@ REASON_TEXT = {
 REASON_TEXT_WITHOUT_ITEM = {
     "interest": "fits what you have been choosing",
     "covisit": "often chosen next",
+    "recent": "often chosen next these days",
     "linear": "goes with what you chose",
     "content": "fits your taste",
 }
