@@ -251,10 +251,10 @@ def recommend_user(bundle: Bundle, user_id: str, k: int) -> Answer:
     history = bundle.histories.lookup(user_id)
     if history is None:
         empty = np.zeros(0, np.int64)
-        history = (empty.astype(np.int32), empty.astype(np.int8), empty)
-    items, events, times = history
+        history = (empty.astype(np.int32), empty.astype(np.int8), empty, empty.astype(np.float32))
+    items, events, times, values = history
     now = times[-1] if len(times) else bundle.manifest.get("watermark") or 0
-    queries = Queries(items, events, times, np.array([0, len(items)], np.int64), np.array([now], np.int64))
+    queries = Queries(items, events, times, values, np.array([0, len(items)], np.int64), np.array([now], np.int64))
     allowed = seen_mask(queries, bundle.items.num_rows) & available_mask(bundle)
     rows, scores, probabilities = Pipeline(bundle).recommend(queries, k, allowed=allowed)
     found = rows[0] >= 0

@@ -19,7 +19,6 @@ from raysys.features.text import TextEncoder, item_text
 from raysys.models.content import ContentNeighbours
 from raysys.models.dot_product import DotProduct
 from raysys.models.interest import InterestEncoder, InterestRetriever
-from raysys.models.ranker import Ranker, RankerNetwork
 from raysys.online.feed import flat_sequences
 from raysys.schema import ITEM_ID, ITEM_IDX
 
@@ -57,7 +56,7 @@ def grown(bundle: Bundle, new_items: Mapping[str, Mapping[str, Any]]) -> Bundle:
     if "dot_product" in models:
         models["dot_product"] = _dot_product(models["dot_product"], mix)
     if "ranker" in models:
-        models["ranker"] = _ranker(models["ranker"], mix, vectors)
+        models["ranker"] = models["ranker"].grown(mix, vectors)
     return Bundle(_table(bundle.items, new_items), models, bundle.fusion, bundle.histories, bundle.manifest)
 
 
@@ -98,22 +97,6 @@ def _interest(retriever: InterestRetriever, mix: np.ndarray, placed: np.ndarray)
 def _dot_product(model: DotProduct, mix: np.ndarray) -> DotProduct:
     weights = np.concatenate([model.weights, model.weights @ mix.T], axis=1)
     return DotProduct(weights, np.concatenate([model.item_vectors, mix @ model.item_vectors]), model.calibration, model.config)
-
-
-def _ranker(ranker: Ranker, mix: np.ndarray, content: np.ndarray) -> Ranker:
-    """The same network over longer tables; the row of padding stays the last."""
-    old = ranker.network
-    vectors = torch.from_numpy(mix) @ old.item_vectors[:-1]
-    # A ranker of a bundle without content has content vectors of width 0.
-    fresh = torch.from_numpy(content[:, : old.content_vectors.shape[1]])
-    tables = {
-        "item_vectors": torch.cat([old.item_vectors[:-1], vectors, old.item_vectors[-1:]]),
-        "content_vectors": torch.cat([old.content_vectors[:-1], fresh, old.content_vectors[-1:]]),
-        "popularity": torch.cat([old.popularity[:-1], torch.zeros(len(mix)), old.popularity[-1:]]),
-    }
-    network = RankerNetwork(tables["item_vectors"], tables["content_vectors"], tables["popularity"], len(ranker.sources), old.config)
-    network.load_state_dict({**old.state_dict(), **tables})
-    return Ranker(network, ranker.sources, calibration=ranker.calibration, label=ranker.label, negatives=ranker.negatives)
 
 
 def _table(items: pa.Table, new_items: Mapping[str, Mapping[str, Any]]) -> pa.Table:

@@ -275,7 +275,9 @@ class Recommender:
         training = []
         if learnt is not None and version is not None:
             ids, names = version.catalogue.item_ids, version.bundle.events
-            training = [{"item_id": ids[i], "event": names[e], "timestamp": int(t)} for i, e, t in zip(*learnt, strict=True)]
+            training = [
+                {"item_id": ids[i], "event": names[e], "timestamp": int(t), "value": _value(v)} for i, e, t, v in zip(*learnt, strict=True)
+            ]
         held = {"user_id": user_id, "attributes": self.state.user(user_id) or {}, "events": events, "training_events": training}
         seen = {"counters": self.state.counters(user_id), "seen": sorted(self.state.seen(user_id))}
         if erased_at is None:
@@ -342,13 +344,18 @@ class Recommender:
 
     def _query(self, version: Version, history: list[HistoryEvent]) -> Queries:
         index, codes = version.catalogue.index, version.bundle.event_codes
-        known = [(row, codes.get(event.event, 0), event.timestamp) for event in history if (row := index.get(event.item_id)) is not None]
+        known = [
+            (row, codes.get(event.event, 0), event.timestamp, np.nan if event.value is None else event.value)
+            for event in history
+            if (row := index.get(event.item_id)) is not None
+        ]
         known = known[-self.history_limit :]
-        rows, events, times = ([entry[column] for entry in known] for column in range(3))
+        rows, events, times, values = ([entry[column] for entry in known] for column in range(4))
         return Queries(
             np.array(rows, np.int32),
             np.array(events, np.int8),
             np.array(times, np.float64).astype(np.int64),
+            np.array(values, np.float32),
             np.array([0, len(known)], np.int64),
             np.array([int(self.clock())], np.int64),
         )
@@ -550,8 +557,12 @@ def _bundle_history(version: Version, user_id: str, live: list[HistoryEvent]) ->
         return []
     ids, names = version.catalogue.item_ids, version.bundle.events
     again = {(event.item_id, int(event.timestamp)) for event in live}
-    history = [HistoryEvent(ids[item], names[code], float(at)) for item, code, at in zip(*found, strict=True)]
+    history = [HistoryEvent(ids[item], names[code], float(at), _value(value)) for item, code, at, value in zip(*found, strict=True)]
     return [event for event in history if (event.item_id, int(event.timestamp)) not in again]
+
+
+def _value(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def _no_items() -> pa.Table:
