@@ -36,7 +36,10 @@ class Setting:
 
 
 GRID = [Setting(1e-3, 0.2, 1e-5), Setting(1e-3, 0.4, 1e-3), Setting(3e-3, 0.4, 1e-2)]
-TREES = [{"learning_rate": 0.1, "max_leaf_nodes": 31}, {"learning_rate": 0.05, "max_leaf_nodes": 15, "l2_regularization": 5.0, "min_samples_leaf": 50}]
+TREES = [
+    {"learning_rate": 0.1, "max_leaf_nodes": 31},
+    {"learning_rate": 0.05, "max_leaf_nodes": 15, "l2_regularization": 5.0, "min_samples_leaf": 50},
+]
 MAX_TREES = 400
 
 
@@ -107,7 +110,9 @@ class DcnV2(nn.Module):
         self.embedded = Embedded(tables, num_dense)
         inputs = num_dense + 3 * 2 * EMBEDDING
         self.crosses = nn.ModuleList(nn.Linear(inputs, inputs) for _ in range(3))
-        self.deep = nn.Sequential(*(nn.Linear(inputs, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, 64), nn.ReLU(), nn.Dropout(dropout)))
+        self.deep = nn.Sequential(
+            *(nn.Linear(inputs, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, 64), nn.ReLU(), nn.Dropout(dropout))
+        )
         self.top = nn.Linear(inputs + 64, 1)
 
     def forward(self, dense: Tensor, items: Tensor, history: Tensor, grades: Tensor, liked: Tensor, real: Tensor) -> Tensor:
@@ -123,7 +128,14 @@ class DcnV2(nn.Module):
 
 
 def network_scores(
-    kind: type[nn.Module], setting: Setting, tables: tuple[Tensor, ...], learnt: Judged, watched: Judged, asked: list[Examples], *, seed: int
+    kind: type[nn.Module],
+    setting: Setting,
+    tables: tuple[Tensor, ...],
+    learnt: Judged,
+    watched: Judged,
+    asked: list[Examples],
+    *,
+    seed: int,
 ) -> tuple[float, list[np.ndarray]]:
     """Best AUC on what is watched, and the logits of that epoch for each of `asked`."""
     torch.manual_seed(seed)

@@ -89,7 +89,9 @@ def trained(folder: Path, name: str, arguments: argparse.Namespace) -> tuple[Pre
     """Prepared leave-one-out, and a bundle with the default settings; or what an earlier call left."""
     prepared, bundle = folder / f"{name}-prepared", folder / f"{name}-bundle"
     if not (prepared / "manifest.json").exists():
-        raysys(["prepare", "--data", str(folder / name), "--out", str(prepared), "--split", "leave-one-out"], folder / f"prepare-{name}.log")
+        raysys(
+            ["prepare", "--data", str(folder / name), "--out", str(prepared), "--split", "leave-one-out"], folder / f"prepare-{name}.log"
+        )
     if not (bundle / "manifest.json").exists():
         command = ["train", "--prepared", str(prepared), "--out", str(bundle), "--seed", str(arguments.seed)]
         raysys(command + (["--time-budget", arguments.budget] if arguments.budget else []), folder / f"train-{name}.log")
@@ -111,7 +113,9 @@ def of_items(prepared: Prepared, bundle: Bundle, folder: Path, hidden: list[str]
     found = {
         f"{who}, {among}": ranks
         for among, allowed in (("among all", np.ones_like(is_hidden)), ("among hidden", is_hidden))
-        for who, ranks in everybody(bundle, queries, targets, lambda part, allowed=allowed: allowed & seen_mask(part, len(allowed)), seed).items()
+        for who, ranks in everybody(
+            bundle, queries, targets, lambda part, allowed=allowed: allowed & seen_mask(part, len(allowed)), seed
+        ).items()
     }
     return {"hidden": len(hidden), "users": len(targets), "who": {who: figures(ranks, seed) for who, ranks in found.items()}}
 

@@ -72,7 +72,9 @@ def one_seed(folder: Path, prepared: Path, seed: int) -> dict:
     raysys(["evaluate", "--prepared", str(prepared), "--model", str(bundle_at), "--out", str(metrics_at)], folder / f"evaluate-{seed}.log")
     bundle = Bundle.open(str(bundle_at))
     sequences = matched_sequences(Prepared.open(str(prepared)), bundle)
-    learnt, watched = (Judged.from_arrays(load_arrays((examples_at / f"{name}.safetensors").read_bytes())) for name in ("learnt", "watched"))
+    learnt, watched = (
+        Judged.from_arrays(load_arrays((examples_at / f"{name}.safetensors").read_bytes())) for name in ("learnt", "watched")
+    )
     test, valid = Asked.of(bundle, sequences, "test"), Asked.of(bundle, sequences, "valid")
     logits, seconds = {OURS: np.log(test.ours / (1 - test.ours))}, {}
     about: dict = {OURS: {"setting": "defaults"}}

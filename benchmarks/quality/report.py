@@ -44,12 +44,14 @@ def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
     """
     results = [storage.read_json(storage.join(folder, name)) for name in storage.list_dir(folder) if name.endswith(".json")]
     if not results:
-        raise SchemaError(f"{folder}: expected the JSON of the benchmarks in benchmarks/quality, found none; run `raysys bench quality/run` first")
+        raise SchemaError(
+            f"{folder}: expected the JSON of benchmarks/quality, found none; run `raysys bench quality/run` first"
+        )
     head = [
         f"# Quality, {hardware}, {date}",
         "",
-        "Where nothing else is said: leave-one-out, test part, all items ranked, seen items masked, ties at random. Settings were chosen on",
-        "validation.",
+        "Where nothing else is said: leave-one-out, test part, all items ranked, seen items masked, ties at random.",
+        "Settings were chosen on validation.",
         "Published figures were not run here; they are quoted for the same files. `alone` is one retrieval source, `without` the fused",
         "retrieval without it, `any` whether one of the sources in use has the item among its best k.",
         "Intervals: bootstrap over users, 95%, of the first seed.",

@@ -57,7 +57,7 @@ class JudgeConfig:
     opinions: OpinionConfig = OpinionConfig()
     """Offsets and factors of items."""
     examples: str | None = None
-    """Folder (absolute, or a URI) where what it learns from and is watched on is left, to train another model on the same; None for none."""
+    """Folder (absolute, or a URI) for the examples that it learns from and is watched on, to train another model on; None for none."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,9 @@ class Judge:
             said[..., 0], said[..., 1:] = retrieved.fused, retrieved.log_probs[..., columns]
             said = np.maximum(said, LOG_PROB_FLOOR)
         grades, liked, history, real = opinions.graded(queries, self.config.max_history)
-        return Examples(np.concatenate([dense, said], axis=2), rows, np.where(real, history, 0), np.where(real, grades, 0), liked & real, real)
+        return Examples(
+            np.concatenate([dense, said], axis=2), rows, np.where(real, history, 0), np.where(real, grades, 0), liked & real, real
+        )
 
     def logits(self, examples: Examples) -> np.ndarray:
         """(B, K) float32 mean logit of the members, before calibration."""

@@ -193,7 +193,10 @@ def merged_histories(histories: Histories, fresh: Fresh) -> Histories:
     indptr, sequences = fresh.sequences.indptr, fresh.sequences
     starts = np.maximum(indptr[:-1], indptr[1:] - histories.max_events)
     cuts = [slice(start, stop) for start, stop in zip(starts, indptr[1:], strict=True)]
-    columns = [fresh.keys, *([array[cut] for cut in cuts] for array in (sequences.items, sequences.events, sequences.times, sequences.values))]
+    columns = [
+        fresh.keys,
+        *([array[cut] for cut in cuts] for array in (sequences.items, sequences.events, sequences.times, sequences.values)),
+    ]
     return Histories(pa.concat_tables([kept, pa.table(columns, schema=HISTORY_SCHEMA)]).combine_chunks(), histories.max_events)
 
 

@@ -100,7 +100,9 @@ def test_a_batch_says_what_its_queries_say_alone():
     together = model.features(queries, items, table, table)
     assert np.isfinite(together).all()
     for row in range(4):
-        alone = np.stack([model.features(queries.take(np.array([row])), items[row : row + 1, k : k + 1], table, table)[0, 0] for k in range(3)])
+        alone = np.stack(
+            [model.features(queries.take(np.array([row])), items[row : row + 1, k : k + 1], table, table)[0, 0] for k in range(3)]
+        )
         np.testing.assert_allclose(alone, together[row], atol=1e-4)
 
 
