@@ -44,9 +44,7 @@ def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
     """
     results = [storage.read_json(storage.join(folder, name)) for name in storage.list_dir(folder) if name.endswith(".json")]
     if not results:
-        raise SchemaError(
-            f"{folder}: expected the JSON of benchmarks/quality, found none; run `raysys bench quality/run` first"
-        )
+        raise SchemaError(f"{folder}: expected the JSON of benchmarks/quality, found none; run `raysys bench quality/run` first")
     head = [
         f"# Quality, {hardware}, {date}",
         "",

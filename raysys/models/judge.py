@@ -32,6 +32,8 @@ class JudgeConfig:
     """A, of projected items and of attention."""
     hidden: int = 64
     """Width of the hidden layer."""
+    bins: int = 8
+    """Pieces of each dense feature, by quantiles."""
     crosses: int = 2
     """Cross layers."""
     max_history: int = 50
@@ -40,7 +42,7 @@ class JudgeConfig:
     """Networks whose logits are averaged."""
     dropout: float = 0.2
     """On projected items and the hidden layer."""
-    epochs: int = 5
+    epochs: int = 4
     """Passes over the positions, at most; the best one on validation is kept."""
     lr: float = 2e-3
     """Peak learning rate of AdamW."""
@@ -121,6 +123,7 @@ class JudgeNetwork(nn.Module):
 
     mean: Tensor
     std: Tensor
+    edges: Tensor
 
     def __init__(self, vector_dim: int, num_dense: int, config: JudgeConfig):
         super().__init__()
@@ -128,14 +131,16 @@ class JudgeNetwork(nn.Module):
         self.config = config
         self.register_buffer("mean", torch.zeros(num_dense))
         self.register_buffer("std", torch.ones(num_dense))
+        self.register_buffer("edges", torch.linspace(0, 1, config.bins + 1).repeat(num_dense, 1))
         self.project = nn.Linear(vector_dim, width)
         self.event = nn.Linear(2, width)
         self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(3 * width, width)
         self.recency = nn.Parameter(torch.zeros(config.max_history))
         inputs = num_dense + 3 * width
         self.crosses = nn.ModuleList(nn.Linear(inputs, inputs) for _ in range(config.crosses))
-        self.hidden = nn.Sequential(nn.Linear(inputs, config.hidden), nn.GELU(), nn.Dropout(config.dropout))
-        self.heads = nn.Linear(inputs + config.hidden, 2)
+        binned = num_dense * config.bins
+        self.hidden = nn.Sequential(nn.Linear(inputs + binned, config.hidden), nn.GELU(), nn.Dropout(config.dropout))
+        self.heads = nn.Linear(inputs + binned + config.hidden, 2)
         self.dropout = nn.Dropout(config.dropout)
         for cross in self.crosses:
             nn.init.normal_(cross.weight, std=0.01)
@@ -165,11 +170,21 @@ class JudgeNetwork(nn.Module):
         x = x0
         for cross in self.crosses:
             x = x + x0 * cross(x)
-        out = self.heads(torch.cat([x, self.hidden(x0)], dim=2))
+        bins = self.binned(dense)
+        out = self.heads(torch.cat([x, bins, self.hidden(torch.cat([x0, bins], dim=2))], dim=2))
         return out[..., 0], out[..., 1]
 
+    def binned(self, dense: Tensor) -> Tensor:
+        """(B, K, F x bins) how far each feature reaches into each of its bins, in [0, 1]; 0 where unknown.
+
+        Source: Gorishniy, Rubachev & Babenko, "On Embeddings for Numerical Features in Tabular Deep Learning", NeurIPS 2022.
+        """
+        low, high = self.edges[:, :-1], self.edges[:, 1:]
+        reached = (dense[..., None] - low) / (high - low).clamp(min=1e-6)
+        return torch.nan_to_num(reached, nan=0.0).clamp(0, 1).flatten(2)
+
     def standardise(self, dense: np.ndarray) -> None:
-        """Take mean and spread of the features from (B, K, F) examples."""
+        """Take mean, spread and quantiles of the features from (B, K, F) examples."""
         flat = dense.reshape(-1, dense.shape[2]).astype(np.float64)
         known = np.isfinite(flat)
         count = np.maximum(known.sum(axis=0), 1)
@@ -177,6 +192,10 @@ class JudgeNetwork(nn.Module):
         variance = np.where(known, (flat - mean) ** 2, 0).sum(axis=0) / count
         self.mean.copy_(torch.from_numpy(mean))
         self.std.copy_(torch.from_numpy(np.sqrt(variance)).clamp(min=1e-3))
+        for column in range(flat.shape[1]):
+            if known[:, column].any():
+                edges = np.quantile(flat[known[:, column], column], np.linspace(0, 1, len(self.edges[column])))
+                self.edges[column] = torch.from_numpy(edges)
 
 
 class Judge:

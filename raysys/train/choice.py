@@ -23,12 +23,15 @@ from raysys.train.ranker import train_ranker
 RANKER_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 MAX_WEIGHT_QUERIES = 4000
 """Positions on which the ranker's weight is chosen, at most."""
-MAX_JUDGED = 10_000
-"""Positions on which the judge stops and is calibrated, at most."""
 MAX_CHOICE_SCORES = 40_000_000
 """Validation queries times items looked at when fusion is chosen; bounds memory."""
 AT_ONCE = 256
 """Queries answered together."""
+
+
+def max_judged(num_items: int) -> int:
+    """Positions on which the judge stops and is calibrated, at most."""
+    return int(np.clip(MAX_CHOICE_SCORES // num_items, 2000, 10_000))
 
 
 def max_fusion_queries(num_items: int) -> int:
@@ -64,7 +67,7 @@ def learn_ranker(pipeline: Pipeline, evidence: Evidence, grading: Grading, setti
         evidence.sample("fit"),
         held,
         Candidates.stack(singles),
-        evidence.held("choice", MAX_JUDGED),
+        evidence.held("choice", max_judged(pipeline.num_items)),
         grading=grading,
         ordinal_time=evidence.prepared.ordinal_time,
         config=settings.judge,

@@ -29,7 +29,7 @@ from raysys.models.interest import InterestEncoder
 from raysys.models.opinions import Grading, Opinions
 from raysys.pipeline import Pipeline
 from raysys.train.checkpoint import Saved
-from raysys.train.choice import MAX_JUDGED, MAX_WEIGHT_QUERIES, choose_ranker_weight, fusion_arguments, learn_ranker, max_fusion_queries
+from raysys.train.choice import MAX_WEIGHT_QUERIES, choose_ranker_weight, fusion_arguments, learn_ranker, max_fusion_queries, max_judged
 from raysys.train.encoder import TrainResult
 from raysys.train.encoder_stages import EncoderStages
 from raysys.train.judge import calibrate
@@ -178,7 +178,9 @@ class Stages:
         seed, about = self.settings.seed, ranker.judge.opinions
         of_stage = self.evidence.sample(stage)
         opinions = Opinions.fit(of_stage, self.worker.num_items, about.grading, about.config, ordinal_time=about.ordinal_time, seed=seed)
-        judge, figures = calibrate(ranker.judge.with_opinions(opinions), pipeline, self.evidence.held("choice", MAX_JUDGED))
+        judge, figures = calibrate(
+            ranker.judge.with_opinions(opinions), pipeline, self.evidence.held("choice", max_judged(pipeline.num_items))
+        )
         pipeline.ranker = ranker.judged_by(judge)
         auc = "" if figures["auc"] is None else f", AUC {figures['auc']:.3f}"
         self.worker.say(f"judge: calibrated on {figures['positions']:,} positions{auc}")
