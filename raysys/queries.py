@@ -103,7 +103,7 @@ class Queries:
         lengths = np.array([len(history) for history in items], dtype=np.int64)
         indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
-        def flat(lists: Sequence[Sequence[int]], dtype: Any) -> np.ndarray:
+        def flat(lists: Sequence[Sequence[float]], dtype: Any) -> np.ndarray:
             return np.array([value for row in lists for value in row], dtype=dtype)
 
         flat_times = flat(times, np.int64) if times is not None else np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths)

@@ -142,8 +142,9 @@ class JudgeNetwork(nn.Module):
         self.hidden = nn.Sequential(nn.Linear(inputs + binned, config.hidden), nn.GELU(), nn.Dropout(config.dropout))
         self.heads = nn.Linear(inputs + binned + config.hidden, 2)
         self.dropout = nn.Dropout(config.dropout)
-        for cross in self.crosses:
-            nn.init.normal_(cross.weight, std=0.01)
+        for name, parameter in self.crosses.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.01)
 
     def forward(
         self, tables: tuple[Tensor, Tensor], dense: Tensor, items: Tensor, history: Tensor, grades: Tensor, liked: Tensor, real: Tensor

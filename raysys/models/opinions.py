@@ -178,12 +178,12 @@ class Opinions:
         counts = np.bincount(items, minlength=num_items)
         per_user = np.bincount(users, minlength=num_users)
         likes = np.bincount(items, weights=grading.liked(sequences.events, sequences.values), minlength=num_items)
-        of_user, residuals = np.zeros(num_users), np.zeros(num_items)
+        of_user, of_item, residuals = np.zeros(num_users), np.zeros(num_items), np.zeros(num_items)
         for _ in range(config.passes):
-            residuals = np.bincount(items, weights=grades - of_user[users], minlength=num_items)
+            residuals[:] = np.bincount(items, weights=grades - of_user[users], minlength=num_items)
             of_item = residuals / (counts + config.item_prior)
             of_user = np.bincount(users, weights=grades - of_item[items], minlength=num_users) / (per_user + config.user_prior)
-        left = grades - of_item[items] - of_user[users] if config.passes else grades
+        left = grades - of_item[items] - of_user[users]
         factors = np.random.default_rng(seed).normal(0, 0.1, (num_items, config.dim))
         by_item = np.argsort(items, kind="stable")
         item_ptr = np.concatenate([[0], np.cumsum(counts)])
@@ -203,14 +203,15 @@ class Opinions:
         items, events, values = sequences.items[at], sequences.events[at], sequences.values[at]
         residual = self.grading.grade(events, values) - self._user_offsets(sequences.queries_before(at, max_events=self.config.window))
         add = [np.bincount(items, weights, len(self.counts)) for weights in (None, self.grading.liked(events, values), residual)]
-        sums = [old + more for old, more in zip((self.counts, self.likes, self.residuals), add, strict=True)]
-        return Opinions(self.grading, *sums, self.factors, self.config, ordinal_time=self.ordinal_time)
+        counts, likes, residuals = (old + more for old, more in zip((self.counts, self.likes, self.residuals), add, strict=True))
+        return Opinions(self.grading, counts, likes, residuals, self.factors, self.config, ordinal_time=self.ordinal_time)
 
     def grown(self, num_new: int) -> "Opinions":
         """With rows for new items, of whom nothing has been said."""
-        columns = [np.concatenate([column, np.zeros(num_new, np.float32)]) for column in (self.counts, self.likes, self.residuals)]
+        none = np.zeros(num_new, np.float32)
+        counts, likes, residuals = (np.concatenate([column, none]) for column in (self.counts, self.likes, self.residuals))
         factors = np.concatenate([self.factors, np.zeros((num_new, self.factors.shape[1]), np.float32)])
-        return Opinions(self.grading, *columns, factors, self.config, ordinal_time=self.ordinal_time)
+        return Opinions(self.grading, counts, likes, residuals, factors, self.config, ordinal_time=self.ordinal_time)
 
     def features(self, queries: Queries, items: np.ndarray, vectors: np.ndarray, content: np.ndarray) -> np.ndarray:
         """(B, K, F) float32, see FEATURES; they need nothing but the history and tables by item.
@@ -312,8 +313,8 @@ class Opinions:
         """The model back from `to_arrays`."""
         of_codes = {name: arrays[f"grading.{name}"] for name in ("least", "mean", "std")}
         grading = Grading(always=arrays["grading.always"].astype(bool), share=meta["share"], **of_codes)
-        tables = [arrays[name] for name in ("counts", "likes", "residuals", "factors")]
-        return cls(grading, *tables, OpinionConfig(**meta["config"]), ordinal_time=meta["ordinal_time"])
+        counts, likes, residuals, factors = (arrays[name] for name in ("counts", "likes", "residuals", "factors"))
+        return cls(grading, counts, likes, residuals, factors, OpinionConfig(**meta["config"]), ordinal_time=meta["ordinal_time"])
 
 
 def _ridge(inputs: np.ndarray, targets: np.ndarray, indptr: np.ndarray, ridge: float) -> np.ndarray:

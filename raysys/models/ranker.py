@@ -225,11 +225,18 @@ class Ranker:
             content: (M, C) content vectors; a ranker of a bundle without content has width 0.
         """
         old = self.network
-        tables = [old.item_vectors, old.content_vectors, old.popularity]
-        rows = [torch.from_numpy(mix) @ old.item_vectors[:-1], torch.from_numpy(content[:, : tables[1].shape[1]]), torch.zeros(len(mix))]
-        longer = [torch.cat([table[:-1], added, table[-1:]]) for table, added in zip(tables, rows, strict=True)]
-        network = RankerNetwork(*longer, len(self.sources), old.config)
-        network.load_state_dict({**old.state_dict(), **dict(zip(FROZEN, longer, strict=True))})
+        fresh = torch.from_numpy(content[:, : old.content_vectors.shape[1]])
+        vectors, content_vectors, popularity = (
+            torch.cat([table[:-1], added, table[-1:]])
+            for table, added in (
+                (old.item_vectors, torch.from_numpy(mix) @ old.item_vectors[:-1]),
+                (old.content_vectors, fresh),
+                (old.popularity, torch.zeros(len(mix))),
+            )
+        )
+        network = RankerNetwork(vectors, content_vectors, popularity, len(self.sources), old.config)
+        tables = dict(zip(FROZEN, (vectors, content_vectors, popularity), strict=True))
+        network.load_state_dict({**old.state_dict(), **tables})
         judge = self.judge
         if judge is not None:
             judge = judge.grown(len(mix), network.item_vectors.numpy(), network.content_vectors.numpy())
@@ -250,7 +257,8 @@ class Ranker:
     def from_arrays(cls, arrays: Arrays, meta: Meta) -> "Ranker":
         """The model back from `to_arrays`."""
         own = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items() if not name.startswith(JUDGE)}
-        network = RankerNetwork(*(own[name] for name in FROZEN), len(meta["sources"]), RankerConfig(**meta["config"]))
+        vectors, content, popularity = (own[name] for name in FROZEN)
+        network = RankerNetwork(vectors, content, popularity, len(meta["sources"]), RankerConfig(**meta["config"]))
         network.load_state_dict(own)
         calibration = None if meta["calibration"] is None else tuple(meta["calibration"])
         judge = None

@@ -178,9 +178,8 @@ class Stages:
         seed, about = self.settings.seed, ranker.judge.opinions
         of_stage = self.evidence.sample(stage)
         opinions = Opinions.fit(of_stage, self.worker.num_items, about.grading, about.config, ordinal_time=about.ordinal_time, seed=seed)
-        judge, figures = calibrate(
-            ranker.judge.with_opinions(opinions), pipeline, self.evidence.held("choice", max_judged(pipeline.num_items))
-        )
+        choice = self.evidence.held("choice", max_judged(pipeline.num_items))
+        judge, figures = calibrate(ranker.judge.with_opinions(opinions), pipeline, choice)
         pipeline.ranker = ranker.judged_by(judge)
         auc = "" if figures["auc"] is None else f", AUC {figures['auc']:.3f}"
         self.worker.say(f"judge: calibrated on {figures['positions']:,} positions{auc}")
