@@ -18,6 +18,8 @@ from raysys.queries import Queries
 NUM_CANDIDATES = 200
 """Items that retrieval hands to ranking."""
 
+JUDGED = 50
+"""Places of an answer that get the judge's probability: it costs as much as the rest of ranking, and lists are rarely longer."""
 LIVE_FIRST_RANK = 3
 """Best place (0-based) a brand-new item can take: it displaces nobody from the very top unseen."""
 LIVE_MAX_RANK = 15
@@ -136,14 +138,17 @@ class Pipeline:
         """Scores to order candidates by, and calibrated probabilities.
 
         Returns:
-            (B, K) float32 scores (-inf at padding) and (B, K) float32 P(positive event | shown), NaN where not calibrated.
+            (B, K) float32 scores (-inf at padding) and (B, K) float32 P(positive event | shown), NaN where not calibrated and, where
+            there is a judge, beyond the first JUDGED places.
         """
         if self.ranker is None:
             return candidates.fused, np.full(candidates.items.shape, np.nan, np.float32)
         logits, probabilities = self.ranker.score(queries, candidates)
-        if self.ranker_weight == 0.0:
-            return candidates.fused, probabilities
-        return mix_scores(candidates.fused, logits, self.ranker_weight), probabilities
+        scores = candidates.fused if self.ranker_weight == 0.0 else mix_scores(candidates.fused, logits, self.ranker_weight)
+        if self.ranker.judge is not None:
+            best = top_k(scores, JUDGED)
+            np.put_along_axis(probabilities, best, self.ranker.judged(queries, candidates.take(np.arange(len(queries)), best)), 1)
+        return scores, probabilities
 
     def recommend(self, queries: Queries, n: int, *, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The n best items a query, as (B, n) int32 rows (-1 padded), scores and probabilities."""

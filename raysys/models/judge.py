@@ -224,7 +224,8 @@ class Judge:
         config: JudgeConfig,
         calibration: tuple[float, float] | None = None,
     ):
-        self.opinions, self.sources, self.networks = opinions, tuple(sources), networks
+        self.opinions, self.sources = opinions, tuple(sources)
+        self.networks = [network.eval() for network in networks]  # once: it takes longer than a request's arithmetic
         self.config, self.calibration = config, calibration
         self.vectors, self.content = vectors, content
         self.tables = torch.from_numpy(vectors), torch.from_numpy(content)
@@ -260,7 +261,7 @@ class Judge:
         """(B, K) float32 mean logit of the members, before calibration."""
         with torch.inference_mode():
             tensors = examples.tensors()
-            return torch.stack([network.eval()(self.tables, *tensors)[0] for network in self.networks]).mean(dim=0).numpy()
+            return torch.stack([network(self.tables, *tensors)[0] for network in self.networks]).mean(dim=0).numpy()
 
     def probabilities(self, queries: Queries, candidates: Candidates) -> np.ndarray:
         """(B, K) float32 calibrated P(positive | taken), NaN where not calibrated."""

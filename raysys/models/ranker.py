@@ -169,11 +169,11 @@ class Ranker:
         return NEGATIVES if self.judge is None else self.judge.negatives
 
     def score(self, queries: Queries, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
-        """Relevance logits and calibrated probabilities.
+        """Relevance logits, and probabilities of being the next item.
 
         Returns:
             (B, K) float32 logits, -inf at padding; (B, K) float32 probabilities, NaN at padding, for empty histories
-            (the ranker has not learnt from any) and where not calibrated.
+            (the ranker has not learnt from any), where not calibrated and where there is a judge, who is asked by `judged`.
 
         Raises:
             ValueError: the candidates lack a source that the ranker was trained with.
@@ -188,15 +188,20 @@ class Ranker:
             relevance, following = self.network(*network_inputs(self.network, queries, candidates))
         logits = relevance.numpy()
         logits[padding] = -np.inf
-        if self.judge is not None:
-            probabilities = self.judge.probabilities(queries, candidates)
-        elif self.calibration is None:
+        if self.calibration is None:
             probabilities = np.full(logits.shape, np.nan, np.float32)
         else:
             slope, intercept = self.calibration
             probabilities = 1.0 / (1.0 + np.exp(-np.clip(slope * following.numpy() + intercept, -30, 30)))
         probabilities[padding | (queries.lengths == 0)[:, None]] = np.nan
         return logits, probabilities.astype(np.float32)
+
+    def judged(self, queries: Queries, candidates: Candidates) -> np.ndarray:
+        """(B, K) float32 calibrated P(positive event | taken) by the judge, NaN at padding and for empty histories."""
+        assert self.judge is not None
+        probabilities = self.judge.probabilities(queries, candidates)
+        probabilities[(candidates.items < 0) | (queries.lengths == 0)[:, None]] = np.nan
+        return probabilities
 
     def judged_by(self, judge: Judge | None) -> "Ranker":
         """The same with another judge."""

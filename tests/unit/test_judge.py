@@ -124,19 +124,19 @@ def test_a_ranker_carries_its_judge_to_disk_and_to_new_items(camps):
     arrays, meta = ranker.to_arrays()
     back = Ranker.from_arrays(arrays, meta)
     queries, candidates = pair(pipeline, np.array([[3, 33], [4, 34]]))
-    before = ranker.score(queries, candidates)[1]
-    np.testing.assert_allclose(back.score(queries, candidates)[1], before, atol=5e-3)  # vectors in half precision
+    before = ranker.judged(queries, candidates)
+    np.testing.assert_allclose(back.judged(queries, candidates), before, atol=5e-3)  # vectors in half precision
     assert back.label == judge.label == "positive event, given that the user took the item"
     bigger = back.grown(np.full((1, N), 1 / N, np.float32), np.zeros((1, 0), np.float32))
-    np.testing.assert_allclose(bigger.score(queries, candidates)[1], back.score(queries, candidates)[1], atol=1e-5)
+    np.testing.assert_allclose(bigger.judged(queries, candidates), back.judged(queries, candidates), atol=1e-5)
     new = Candidates(np.array([[N, -1]] * 2, np.int32), candidates.fused, candidates.log_probs, candidates.sources)
-    found = bigger.score(queries, new)[1]
+    found = bigger.judged(queries, new)
     assert np.isfinite(found[:, 0]).all() and np.isnan(found[:, 1]).all()
     liked = rated([[0, N], [1, N], [2, N]], [[5, 5], [5, 5], [5, 5]])
     counted = bigger.counted(liked, np.array([False, True] * 3))
     assert counted.judge.opinions.counts[N] == counted.judge.opinions.likes[N] == 3
     assert counted.judge.opinions.offsets[N] > 0 and bigger.judge.opinions.counts[N] == 0
-    assert np.isfinite(counted.score(queries, new)[1][:, 0]).all()
+    assert np.isfinite(counted.judged(queries, new)[:, 0]).all()
 
 
 def test_platt_by_hand():
