@@ -8,6 +8,10 @@ import torch
 
 from raysys.models.interest import InterestRetriever
 
+AT_ONCE = 256
+"""New items that are compared with the catalogue together."""
+MAX_PRODUCTS = 2_000_000_000
+"""Comparisons of content vectors at most; where there are more new items, the last ones stay without a place."""
 NEIGHBOURS = 10
 """Known items nearest by content whose vectors make that of a new item."""
 
@@ -45,13 +49,17 @@ def placed(retriever: InterestRetriever, content: np.ndarray) -> InterestRetriev
         content: (N, C) float32 unit content vectors, zero without content.
     """
     cold = np.flatnonzero(~retriever.warm & np.any(content != 0, axis=1))
+    cold = cold[: MAX_PRODUCTS // max(1, len(content))]
     if not len(cold) or not retriever.warm.any():
         return retriever
-    mix = neighbour_weights(content, content[cold], retriever.warm)
     warm = retriever.warm.copy()
     warm[cold] = True
-    moved = InterestRetriever(retriever.encoder, warm)
+    encoder = InterestRetriever(retriever.encoder, warm).encoder
     with torch.no_grad():
-        table = moved.encoder.items.weight
-        table[cold] = torch.from_numpy(mix @ retriever.item_vectors) * table[: len(mix)].norm(dim=1).mean()
-    return InterestRetriever(moved.encoder, warm)
+        table = encoder.items.weight
+        length = table[torch.from_numpy(np.flatnonzero(retriever.warm))].norm(dim=1).mean()
+        for first in range(0, len(cold), AT_ONCE):
+            rows = cold[first : first + AT_ONCE]
+            mean = torch.from_numpy(neighbour_weights(content, content[rows], retriever.warm) @ retriever.item_vectors)
+            table[torch.from_numpy(rows)] = length * torch.nn.functional.normalize(mean, dim=1)
+    return InterestRetriever(encoder, warm)

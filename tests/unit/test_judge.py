@@ -139,6 +139,22 @@ def test_a_ranker_carries_its_judge_to_disk_and_to_new_items(camps):
     assert np.isfinite(counted.judged(queries, new)[:, 0]).all()
 
 
+def test_the_first_places_of_an_answer_get_probabilities(camps, monkeypatch):
+    judge, pipeline, _, _ = camps
+    padded = torch.from_numpy(np.concatenate([judge.vectors, np.zeros((1, 4), np.float32)]))
+    network = RankerNetwork(padded, torch.zeros(N + 1, 0), torch.zeros(N + 1), 2, RankerConfig())
+    monkeypatch.setattr(pipeline, "ranker", Ranker(network, judge.sources, calibration=None, judge=judge))
+    monkeypatch.setattr("raysys.pipeline.JUDGED", 2)
+    queries, candidates = pair(pipeline, np.array([[3, 33, 7], [4, 34, 9]]))
+    scores, probabilities = pipeline.rank(queries, candidates)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :2]
+    np.testing.assert_array_equal(scores, candidates.fused)
+    np.testing.assert_allclose(
+        np.take_along_axis(probabilities, best, 1), np.take_along_axis(judge.probabilities(queries, candidates), best, 1), atol=1e-5
+    )
+    assert np.isnan(probabilities).sum(axis=1).tolist() == [1, 1]
+
+
 def test_platt_by_hand():
     logits, truth = np.repeat([-1.0, 1.0], 100), np.concatenate([np.arange(100) % 4 == 0, np.arange(100) % 4 > 0])
     slope, intercept = platt(logits, truth)
