@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from raysys.models.base import Candidates
-from raysys.models.opinions import Grading
+from raysys.models.grading import Grading
 from raysys.models.ranker import Ranker
 from raysys.pipeline import Pipeline, mix_scores, seen_mask
 from raysys.queries import Queries

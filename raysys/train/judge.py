@@ -18,8 +18,9 @@ from safetensors.numpy import save as save_arrays
 
 from raysys import storage
 from raysys.models.base import Arrays, Candidates
+from raysys.models.grading import Grading
 from raysys.models.judge import Examples, Judge, JudgeConfig, JudgeNetwork, loss_of
-from raysys.models.opinions import Grading, Opinions
+from raysys.models.opinions import Opinions
 from raysys.pipeline import Pipeline
 from raysys.prepare.dataset import Sequences
 from raysys.schema import UNKNOWN_ITEM

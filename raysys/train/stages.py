@@ -25,8 +25,9 @@ from safetensors.numpy import save as save_arrays
 from raysys import storage
 from raysys.bundle import load_model
 from raysys.models.fusion import NOT_JUDGED, Fusion, choose_fusion, judge_fusion
+from raysys.models.grading import Grading
 from raysys.models.interest import InterestEncoder
-from raysys.models.opinions import Grading, Opinions
+from raysys.models.opinions import Opinions
 from raysys.pipeline import Pipeline
 from raysys.train.checkpoint import Saved
 from raysys.train.choice import MAX_WEIGHT_QUERIES, choose_ranker_weight, fusion_arguments, learn_ranker, max_fusion_queries, max_judged

@@ -11,8 +11,9 @@ from sklearn.metrics import roc_auc_score
 from raysys.bundle import HISTORY_SCHEMA, Bundle, Histories
 from raysys.models.base import Candidates
 from raysys.models.fusion import Fusion
+from raysys.models.grading import Grading
 from raysys.models.judge import JudgeConfig
-from raysys.models.opinions import FEATURES, Grading, OpinionConfig
+from raysys.models.opinions import FEATURES, OpinionConfig
 from raysys.models.popularity import Popularity
 from raysys.models.ranker import Ranker, RankerConfig, RankerNetwork
 from raysys.pipeline import Pipeline

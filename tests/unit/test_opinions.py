@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from raysys.models.opinions import FEATURES, Grading, OpinionConfig, Opinions
+from raysys.models.grading import Grading
+from raysys.models.opinions import FEATURES, OpinionConfig, Opinions
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
 
