@@ -61,6 +61,7 @@ def hit_rate(bundle: Bundle, walks: np.ndarray) -> float:
         history.ravel().astype(np.int32),
         np.full(history.size, bundle.event_codes["rating"], np.int8),
         np.tile(np.arange(history.shape[1], dtype=np.int64), len(rows)),
+        np.full(history.size, np.nan, np.float32),
         np.arange(0, history.size + 1, history.shape[1]),
         np.full(len(rows), history.shape[1], np.int64),
     )

@@ -1,4 +1,4 @@
-"""One dated page from the JSON that run.py left: ours by stage, and what others have published.
+"""One dated page from the JSON that the other benchmarks here left: ours by stage and what others have published, ranker, cold start.
 
     raysys bench quality/report runs/quality --hardware 2-cores
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _sections import bar_rows, cold_section, ranker_section  # noqa: E402
 from _sets import SETS  # noqa: E402
 
 from raysys import storage  # noqa: E402
@@ -43,11 +44,12 @@ def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
     """
     results = [storage.read_json(storage.join(folder, name)) for name in storage.list_dir(folder) if name.endswith(".json")]
     if not results:
-        raise SchemaError(f"{folder}: expected the JSON of benchmarks/quality/run.py, found none; run `raysys bench quality/run` first")
+        raise SchemaError(f"{folder}: expected the JSON of benchmarks/quality, found none; run `raysys bench quality/run` first")
     head = [
         f"# Quality, {hardware}, {date}",
         "",
-        "Leave-one-out, test part, all items ranked, seen items masked, ties at random. Settings were chosen on validation.",
+        "Where nothing else is said: leave-one-out, test part, all items ranked, seen items masked, ties at random.",
+        "Settings were chosen on validation.",
         "Published figures were not run here; they are quoted for the same files. `alone` is one retrieval source, `without` the fused",
         "retrieval without it, `any` whether one of the sources in use has the item among its best k.",
         "Intervals: bootstrap over users, 95%, of the first seed.",
@@ -56,8 +58,10 @@ def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
     peers = {result["data"]: result for result in results if result.get("kind") == "peers"}
     results = [result for result in results if result.get("kind") != "peers"]
     order = {name: index for index, name in enumerate(SETS)}
+    kinds = {"ranker": ranker_section, "cold": cold_section}
+    results.sort(key=lambda result: (order.get(result.get("data"), len(order)), result["name"]))
     sections = [
-        section(result, peers.get(result["data"])) for result in sorted(results, key=lambda result: (order[result["data"]], result["name"]))
+        kinds[result["kind"]](result) if result.get("kind") in kinds else section(result, peers.get(result["data"])) for result in results
     ]
     storage.write_bytes(page, "\n".join([*head, *sections, ""]).encode())
     return page
@@ -78,7 +82,7 @@ def section(result: dict, peers: dict | None = None) -> str:
         "| bar | wanted | measured | met |",
         "|---|---|---|---|",
     ]
-    lines += [f"| {bar['what']} | {bar['bar']:g} | {bar['measured']:.4g} | {'yes' if bar['met'] else '**no**'} |" for bar in result["bars"]]
+    lines += bar_rows(result)
     lines += ["", "| who | recall@10 | ndcg@10 | 95% interval of ndcg@10 | recall@200 | weight |", "|---|---|---|---|---|---|"]
     metrics = [run["metrics"] for run in runs]
     rows = [(f"raysys, {stage}", [run[stage] for run in metrics]) for stage in STAGES]

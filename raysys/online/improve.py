@@ -6,7 +6,6 @@ serving models first predict every new event before anything learns from it
 the newest ones. Only after both is the published update made, from all events.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,6 @@ from raysys.bundle import Bundle
 from raysys.models.base import Arrays, Meta
 from raysys.models.fusion import Fusion
 from raysys.models.interest import InterestRetriever
-from raysys.models.ranker import Ranker
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import Fresh, sampled_histories
 from raysys.online.gate import as_mixed, is_change, named, score, shifted, verdict
@@ -132,7 +130,7 @@ def _updated(bundle: Bundle, sequences: Sequences, new: np.ndarray, replay: Sequ
     if "interest" in models and config.epochs > 0:
         models["interest"] = _fine_tuned(models["interest"], sequences, new, replay, config, seed)
     if "ranker" in models:
-        models["ranker"] = _recounted(models["ranker"], sequences.items[new])
+        models["ranker"] = models["ranker"].counted(sequences, new)
     return Bundle(bundle.items, models, bundle.fusion, bundle.histories, bundle.manifest)
 
 
@@ -182,14 +180,6 @@ def _evidence(
         fixed=fixed,
     )
     return evidence, positions
-
-
-def _recounted(ranker: Ranker, items: np.ndarray) -> Ranker:
-    """The ranker with new events in its popularity feature; its weights stay as trained."""
-    network = copy.deepcopy(ranker.network)
-    counts = torch.from_numpy(np.bincount(items, minlength=len(network.popularity)).astype(np.float32))
-    network.popularity = torch.log1p(torch.expm1(network.popularity) + counts)
-    return Ranker(network, ranker.sources, calibration=ranker.calibration, label=ranker.label, negatives=ranker.negatives)
 
 
 def _fine_tuned(

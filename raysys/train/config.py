@@ -11,6 +11,7 @@ from raysys.models.content import ContentConfig
 from raysys.models.covisit import CovisitConfig
 from raysys.models.dot_product import DotProductConfig
 from raysys.models.interest import InterestConfig
+from raysys.models.judge import JudgeConfig
 from raysys.models.linear import LinearConfig
 from raysys.models.popularity import PopularityConfig
 from raysys.models.ranker import RankerConfig
@@ -76,6 +77,7 @@ class TrainConfig:
     content: ContentConfig = field(default_factory=ContentConfig)
     dot_product: DotProductConfig = field(default_factory=DotProductConfig)
     ranker: RankerConfig = field(default_factory=RankerConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sources: list[str] = field(default_factory=lambda: ["interest", "covisit", "linear", "content", "popularity", "dot_product"])
