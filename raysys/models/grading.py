@@ -11,6 +11,8 @@ import numpy as np
 
 from raysys.prepare.dataset import Sequences
 
+NEVER = float(np.finfo(np.float32).max)
+"""A least value that no value reaches; finite, because the learner publishes no model with other numbers."""
 MAX_GRADE = 3.0
 """Grades are cut here, in standard deviations."""
 
@@ -21,7 +23,7 @@ class Grading:
 
     Attributes:
         always: (C,) bool, positive whatever the value.
-        least: (C,) float32 value from which an event is positive; inf where values do not decide.
+        least: (C,) float32 value from which an event is positive; NEVER where values do not decide.
         mean, std: (C,) float32 of the values where they decide; std 0 elsewhere.
         share: share of events that are positive, the base rate.
     """
@@ -43,11 +45,11 @@ class Grading:
         """
         kinds = [event_types.get(name, {}) for name in events]
         positive = np.array([bool(kind.get("positive")) for kind in kinds])
-        least = np.array([np.inf if kind.get("min_value") is None else kind["min_value"] for kind in kinds], np.float32)
-        least[~positive] = np.inf
-        always = positive & np.isinf(least)
+        least = np.array([NEVER if kind.get("min_value") is None else kind["min_value"] for kind in kinds], np.float32)
+        least[~positive] = NEVER
+        always = positive & (least == np.float32(NEVER))
         mean, std = np.zeros(len(kinds), np.float32), np.zeros(len(kinds), np.float32)
-        for code in np.flatnonzero(np.isfinite(least)):
+        for code in np.flatnonzero(least < np.float32(NEVER)):
             values = sequences.values[(sequences.events == code) & np.isfinite(sequences.values)]
             if len(values):
                 mean[code], std[code] = values.mean(), values.std()
