@@ -5,7 +5,8 @@
 FOLDER has MovieLens-100k in RecBole's files under `ml100k`. 80/10/10 by the time of events; a test event is asked with the user's
 history up to then, its label is rating >= 4. Trains a bundle with the default settings, one a seed, as a user would; the training
 leaves the examples that the ranker learns from and is stopped on, and the peers learn from and are stopped on the same
-(`_ranker_peers.py`). Test features, and our probabilities, are those of the bundle, as `raysys evaluate` computes them. What is finished is not done again. Leaves ml100k-ranker.json in --out.
+(`_ranker_peers.py`). Test features, and our probabilities, are those of the bundle, as `raysys evaluate` computes them. What is
+finished is not done again. Leaves ml100k-ranker.json in --out.
 """
 
 import argparse
