@@ -5,7 +5,8 @@
 FOLDER has MovieLens-100k in RecBole's files under `ml100k`. 80/10/10 by the time of events; a test event is asked with the user's
 history up to then, its label is rating >= 4. Trains a bundle with the default settings, one a seed, as a user would; the training
 leaves the examples that the ranker learns from and is stopped on, and the peers learn from and are stopped on the same
-(`_ranker_peers.py`). Test features are those of the bundle. What is finished is not done again. Leaves ml100k-ranker.json in --out.
+(`_ranker_peers.py`). Test features, and our probabilities, are those of the bundle, as `raysys evaluate` computes them. What is
+finished is not done again. Leaves ml100k-ranker.json in --out.
 """
 
 import argparse
@@ -61,15 +62,13 @@ def main() -> int:
 
 
 def one_seed(folder: Path, prepared: Path, seed: int) -> dict:
-    """Train, evaluate, let the peers learn; or what an earlier call left."""
+    """Train, let the peers learn; or what an earlier call left."""
     done, bundle_at, examples_at = folder / f"seed-{seed}.json", folder / f"bundle-{seed}", folder / f"examples-{seed}"
     if done.exists():
         return storage.read_json(str(done))
     if not (bundle_at / "manifest.json").exists():
         command = ["train", "--prepared", str(prepared), "--out", str(bundle_at), "--seed", str(seed)]
         raysys([*command, "--set", f"judge.examples={examples_at}"], folder / f"train-{seed}.log")
-    metrics_at = folder / f"metrics-{seed}.json"
-    raysys(["evaluate", "--prepared", str(prepared), "--model", str(bundle_at), "--out", str(metrics_at)], folder / f"evaluate-{seed}.log")
     bundle = Bundle.open(str(bundle_at))
     sequences = matched_sequences(Prepared.open(str(prepared)), bundle)
     learnt, watched = (
@@ -89,7 +88,6 @@ def one_seed(folder: Path, prepared: Path, seed: int) -> dict:
         about[name] = {"setting": peer["setting"], "watched_auc": peer["watched_auc"], "seconds": seconds[name]}
     intervals = paired_intervals(logits, test.liked, test.users, seed=seed)
     who = {name: {**figures(calibrated[name], test.liked), **intervals[name], **about[name]} for name in logits}
-    evaluated = storage.read_json(str(metrics_at))
     result = {
         "seed": seed,
         "seconds": bundle.manifest["seconds"],
@@ -99,8 +97,6 @@ def one_seed(folder: Path, prepared: Path, seed: int) -> dict:
         "users": len(np.unique(test.users)),
         "base_rate": float(test.liked.mean()),
         "who": who,
-        "evaluate": {key: evaluated["ranker"][key] for key in ("auc", "logloss", "ece", "examples")},
-        "final": {key: evaluated["final"][key] for key in ("ndcg@10", "recall@10")},
     }
     storage.write_json(str(done), result)
     return result

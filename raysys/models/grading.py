@@ -11,6 +11,8 @@ import numpy as np
 
 from raysys.prepare.dataset import Sequences
 
+NEVER = float(np.finfo(np.float32).max)
+"""A least value that no value reaches; finite, because the learner publishes no model with other numbers."""
 MAX_GRADE = 3.0
 """Grades are cut here, in standard deviations."""
 NEVER = float(np.finfo(np.float32).max)

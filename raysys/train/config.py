@@ -183,4 +183,5 @@ def demo_config() -> tuple[TrainConfig, frozenset[str]]:
     interest = InterestConfig(dropout=0.3, max_length=100)
     encoder = EncoderTrainConfig(epochs=10, batch_size=16, warmup_steps=50, ema=0.98)
     given = {"interest.dropout", "interest.max_length", "encoder.batch_size", "encoder.epochs"}
-    return TrainConfig(interest=interest, encoder=encoder, refit_epochs=3), frozenset(given)
+    judge = JudgeConfig(members=1, max_positions=40_000)
+    return TrainConfig(interest=interest, encoder=encoder, judge=judge, refit_epochs=3), frozenset(given)

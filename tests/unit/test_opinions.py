@@ -115,7 +115,9 @@ def test_new_events_count_and_new_items_have_rows():
     bigger = model.grown(1).update(more, np.array([False, True, True]))
     assert (bigger.counts[:8] - model.counts).tolist() == [0, 1, 0, 0, 0, 0, 0, 0] and bigger.counts[8] == bigger.likes[8] == 1
     assert bigger.residuals[8] == pytest.approx(grading.grade(np.array([RATING]), np.array([5.0]))[0], abs=1e-5)
-    back = Opinions.from_arrays(*bigger.to_arrays())
+    arrays, meta = bigger.to_arrays()
+    assert all(np.isfinite(array).all() for array in arrays.values()), "the learner publishes nothing else"
+    back = Opinions.from_arrays(arrays, meta)
     query = Queries.from_lists([[0, 1]], [[RATING] * 2], values=[[1, 5]])
     table = np.zeros((9, 0), np.float32)
     np.testing.assert_array_equal(*(one.features(query, np.array([[8, 2]]), table, table) for one in (back, bigger)))
