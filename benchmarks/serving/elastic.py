@@ -33,7 +33,7 @@ from raysys.serve.settings import FAST_SETTINGS
 
 HERE = Path(__file__).resolve().parent
 GPU_CONFIG = HERE.parents[1] / "deploy" / "serve_config.gpu.yaml"
-QUIET_S, PATIENCE_S, WINDOW_S = 15.0, 180.0, 2.0
+QUIET_S, PATIENCE_S, WINDOW_S = 15.0, 300.0, 2.0
 SCALING = {
     "min_replicas": 1,
     "target_ongoing_requests": 3,
@@ -113,6 +113,7 @@ def cluster(folder: str, nodes: int) -> Iterator[str]:
         "RAY_FAKE_CLUSTER": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_AUTH_MODE": "disabled",
+        "RAY_raylet_start_wait_time_s": "240",  # a busy machine starts its nodes in minutes, not in seconds
         "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(HERE)])),  # _elastic_app, for every worker
         "RAYSYS_HOME": os.environ.get("RAYSYS_HOME", f"{folder}/home"),
     }
@@ -120,9 +121,9 @@ def cluster(folder: str, nodes: int) -> Iterator[str]:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", f"--autoscaling-config={path}"]
     flags = ["--num-cpus=2", "--num-gpus=0", "--include-dashboard=false", "--disable-usage-stats"]
     try:
-        subprocess.run(
-            [*command, *flags], env=environment, check=True, stdout=(Path(folder) / "ray.log").open("wb"), stderr=subprocess.STDOUT
-        )
+        log = Path(folder) / "ray.log"
+        if subprocess.run([*command, *flags], env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT).returncode:
+            raise SystemExit(f"ray start failed; end of its log:\n{log.read_text()[-3000:]}")
         yield address
     finally:
         for pid in family(f"{MARKER}={token}".encode()):
@@ -280,8 +281,7 @@ class Watch:
         from ray import serve
 
         gpu_nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU"))
-        states = serve.status().applications["raysys"].deployments["Retrieval"].replica_states
-        replicas = sum(count for state, count in states.items() if state.value == "RUNNING")
+        replicas = serve.status().applications["raysys"].deployments["Retrieval"].replica_states.get("RUNNING", 0)
         self.timeline.append({"at": time.monotonic(), "gpu_nodes": gpu_nodes, "replicas": replicas})
 
 
