@@ -30,6 +30,7 @@ from raysys import storage
 from raysys.errors import BundleCorrupt, BundleIncompatible, BundleNotFound
 from raysys.events.identity import key_id, user_key
 from raysys.models.base import Arrays
+from raysys.packing import packed, unpacked
 from raysys.prepare.dataset import Sequences
 from raysys.schema import ITEM_ID, ITEM_IDX, UNKNOWN_ITEM
 
@@ -187,12 +188,13 @@ class Bundle:
             "its users look like strangers here; set RAYSYS_USER_KEY or RAYSYS_HOME as where it was trained"
         )
 
-    def write(self, uri: str, *, manifest: Mapping[str, Any]) -> str:
+    def write(self, uri: str, *, manifest: Mapping[str, Any], packing: bool = False) -> str:
         """Write the bundle to an empty or missing folder; complete or absent, never half.
 
         Args:
             uri: target folder; an existing bundle there is replaced.
             manifest: what the caller knows: config, data, metrics, events, ...
+            packing: write arrays in fewer bytes (`packing.py`), with a rounding error.
 
         Returns:
             The version id.
@@ -202,9 +204,11 @@ class Bundle:
             ITEMS: _parquet(self.items),
             HISTORIES: _parquet(self.histories.table),
         }
-        metas = {}
+        metas, notes = {}, {}
         for name, model in self.models.items():
             arrays, metas[name] = model.to_arrays()
+            if packing:
+                arrays, notes[name] = packed(arrays)
             files[f"{name}.safetensors"] = save_arrays({key: np.ascontiguousarray(array) for key, array in arrays.items()})
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
         created = datetime.now(UTC)
@@ -218,6 +222,7 @@ class Bundle:
             "history_max_events": self.histories.max_events,
             "fusion": self.fusion,
             "models": metas,
+            "packing": notes,
             "files": digests,
         }
         local = storage.is_local(uri)
@@ -247,7 +252,7 @@ class Bundle:
             if only is not None and name not in only:
                 continue
             arrays: Arrays = load_arrays(storage.read_bytes(storage.join(local, f"{name}.safetensors")))
-            models[name] = load_model(name, arrays, meta)
+            models[name] = load_model(name, unpacked(arrays, manifest.get("packing", {}).get(name, {})), meta)
         return cls(
             storage.read_table(storage.join(local, ITEMS)),
             models,

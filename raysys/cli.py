@@ -155,6 +155,13 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("export-embeddings", _export_embeddings, "user and item vectors of the interest encoder, to Parquet")
     _add_batch(command)
 
+    command = add("compress", _compress, "a smaller and faster version of a bundle, within a stated loss")
+    command.add_argument("bundle")
+    command.add_argument("--prepared", required=True, metavar="DIR", help="what the bundle was trained on")
+    command.add_argument("--out", required=True, metavar="BUNDLE")
+    command.add_argument("--max-loss", default=None, metavar="1%", help="NDCG@10 that may be lost on the validation part (default: 1%%)")
+    _add_config(command)
+
     command = add("pipeline", _pipeline, "prepare, train, evaluate and publish in one run")
     command.add_argument("--data", required=True)
     command.add_argument("--out", required=True, help="folder for the prepared set, the bundle and the metrics")
@@ -422,6 +429,30 @@ def _batch(arguments: argparse.Namespace, *, stage: str, k: int) -> Rows:
     with cluster.connected():
         manifest = run_batch(model, out, stage=stage, k=k, users_uri=users, prepared_uri=prepared, settings=settings)
     return [*summary_rows(manifest), ("out", out)]
+
+
+def _compress(arguments: argparse.Namespace) -> Rows:
+    from raysys.compress.config import CompressConfig
+    from raysys.compress.run import compress, summary_rows
+
+    overrides = list(arguments.overrides)
+    if arguments.max_loss is not None:
+        overrides.append(f"max_loss={_share(arguments.max_loss, '--max-loss')}")
+    settings = config.load(CompressConfig, arguments.config, overrides)
+    bundle, prepared = cluster.location(arguments.bundle, "bundle"), cluster.location(arguments.prepared, "--prepared")
+    out = cluster.location(arguments.out, "--out")
+    report = compress(bundle, prepared, out, settings, say=lambda text: print(f"      {text}", file=sys.stderr, flush=True))
+    return [*summary_rows(report), ("out", out)]
+
+
+def _share(text: str, flag: str) -> float:
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{flag}: expected a share such as 1% or 0.01, got {text!r}")
+    return value
 
 
 def _pipeline(arguments: argparse.Namespace) -> Rows:

@@ -121,7 +121,8 @@ class Pipeline:
         similar = profiles @ self.content.item_vectors.T
         if allowed is not None:
             similar = np.where(allowed, similar, -1.0)
-        affinity = np.sort(similar, axis=1)[:, : -LIVE_MAX_RANK - 1 : -1]
+        most = min(LIVE_MAX_RANK, similar.shape[1])
+        affinity = -np.sort(-np.partition(similar, similar.shape[1] - most, axis=1)[:, -most:], axis=1)
         return Retrieved(candidates, profiles, affinity)
 
     def candidates_of(self, queries: Queries, items: np.ndarray, *, log_probs: dict[str, np.ndarray] | None = None) -> Candidates:

@@ -9,6 +9,25 @@ from typing import Any
 
 import numpy as np
 
+GAP_CODES = 32
+"""Codes of `gap_codes`; the last one begins at 34 years."""
+
+
+def gap_codes(times: np.ndarray, indptr: np.ndarray) -> np.ndarray:
+    """How long each event came after the one before it, on a scale of powers of two.
+
+    Args:
+        times: (L,) int64 seconds, in order within a history.
+        indptr: (B+1,) int64; history b is `times[indptr[b]:indptr[b+1]]`.
+
+    Returns:
+        (L,) int8: 0 for the first event of a history, else 1 + log2(1 + gap) rounded down, at most GAP_CODES - 1.
+    """
+    gaps = np.diff(times, prepend=times[:1]).clip(min=0)
+    codes = 1 + np.log2(1.0 + gaps).astype(np.int64)
+    codes[indptr[:-1][np.diff(indptr) > 0]] = 0
+    return codes.clip(max=GAP_CODES - 1).astype(np.int8)
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -40,6 +59,11 @@ class Queries:
     def rows(self) -> np.ndarray:
         """(L,) int64 the query each event belongs to."""
         return np.repeat(np.arange(len(self)), self.lengths)
+
+    @property
+    def gaps(self) -> np.ndarray:
+        """(L,) int8; see `gap_codes`."""
+        return gap_codes(self.times, self.indptr)
 
     def __getitem__(self, index: slice) -> "Queries":
         """A contiguous sub-batch."""

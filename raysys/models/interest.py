@@ -12,7 +12,7 @@ Transformers: Redefining Ranking for Scalable Impact" (LiGR), 2025; rotary posit
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysys.models.base import Arrays, Meta
-from raysys.queries import Queries
+from raysys.models.remembered import Remembered
+from raysys.queries import GAP_CODES, Queries
 
 NO_EVIDENCE = -1e9
 """Score of an item without a training interaction, whose vector is still random, and of what was never learnt to be told apart."""
@@ -49,6 +50,8 @@ class InterestConfig:
     """What attention and feed-forward add passes a sigmoid gate of the stream that it is added to."""
     positions: Literal["learned", "rotary"] = "learned"
     """A vector for each place from the start of the window, or queries and keys turned by their place, so that only distances count."""
+    time_gaps: bool = False
+    """Learn a vector for how long an event came after the one before (powers of two of seconds); for data with real times."""
     temperature: float = 0.07
     """Logits are cosines of state and item vector divided by this, so that frequent items cannot win by length; 0 for dot products."""
     exclude_seen: bool = False
@@ -100,8 +103,30 @@ class Block(nn.Module):
         # Sequences are left-aligned, so the causal mask alone keeps real positions from seeing padding.
         # No dropout inside: on CPU it would leave the fast attention kernel.
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x_BTD = _added(x_BTD, self.dropout(self.project(attended.transpose(1, 2).reshape(B, T, D))), self.attention_gate)
-        return _added(x_BTD, self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x_BTD))))), self.ffn_gate)
+        return self._fed_forward(_added(x_BTD, self.dropout(self.project(attended.transpose(1, 2).reshape(B, T, D))), self.attention_gate))
+
+    def last(self, x_BTD: Tensor, last_B: Tensor, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, D): what `forward` gives at one position of each sequence, without dropout, for the price of keys and values alone.
+
+        Args:
+            x_BTD: the residual stream.
+            last_B: (B,) int64 the position.
+            turns: as for `forward`.
+        """
+        B, T, D = x_BTD.shape
+        rows, width = torch.arange(B, device=x_BTD.device), D // self.num_heads
+        normed, weight, bias = self.attention_norm(x_BTD), self.qkv.weight, self.qkv.bias
+        query = F.linear(normed[rows, last_B], weight[:D], bias[:D]).view(B, self.num_heads, 1, width)
+        key, value = F.linear(normed, weight[D:], bias[D:]).view(B, T, 2, self.num_heads, width).permute(2, 0, 3, 1, 4)
+        if turns is not None:
+            cos, sin = turns
+            query, key = turned(query, cos[last_B][:, None, None], sin[last_B][:, None, None]), turned(key, cos, sin)
+        past = torch.arange(T, device=x_BTD.device) <= last_B[:, None]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=past[:, None, None, :])
+        return self._fed_forward(_added(x_BTD[rows, last_B], self.project(attended.reshape(B, D)), self.attention_gate))
+
+    def _fed_forward(self, stream: Tensor) -> Tensor:
+        return _added(stream, self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(stream))))), self.ffn_gate)
 
 
 def _added(stream: Tensor, addend: Tensor, gate: nn.Linear | None) -> Tensor:
@@ -150,6 +175,7 @@ class InterestEncoder(nn.Module):
         is_learned = config.positions == "learned"
         self.positions = nn.Embedding(config.max_length, config.dim) if is_learned else None
         self.events = nn.Embedding(num_event_types, config.dim) if num_event_types > 2 else None
+        self.gaps = nn.Embedding(GAP_CODES, config.dim) if config.time_gaps else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -159,16 +185,38 @@ class InterestEncoder(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, items_BT: Tensor, events_BT: Tensor) -> Tensor:
+    def forward(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor) -> Tensor:
         """States after each position.
 
         Args:
             items_BT: (B, T) int64, left-aligned, padded with N.
             events_BT: (B, T) int64 event codes, any value at padding.
+            gaps_BT: (B, T) int64 codes of `gap_codes`, likewise.
 
         Returns:
             (B, T, D) float32.
         """
+        x_BTD, turns = self._embedded(items_BT, events_BT, gaps_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, turns)
+        return self._state(x_BTD)
+
+    def last_states(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """(B, D) float32: `forward` at the last event alone; the top block is computed there only.
+
+        Args:
+            items_BT: as for `forward`.
+            events_BT: likewise.
+            gaps_BT: likewise.
+            lengths_B: (B,) int64 events of each sequence, at least 1.
+        """
+        x_BTD, turns = self._embedded(items_BT, events_BT, gaps_BT)
+        *below, top = self.blocks
+        for block in below:
+            x_BTD = block(x_BTD, turns)
+        return self._state(cast(Block, top).last(x_BTD, lengths_B - 1, turns))
+
+    def _embedded(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         x_BTD, turns = self.items(items_BT) * self.config.dim**0.5, None
         if self.positions is not None:
             x_BTD = x_BTD + self.positions.weight[: items_BT.shape[1]]
@@ -177,11 +225,13 @@ class InterestEncoder(nn.Module):
             turns = cos.to(x_BTD.device), sin.to(x_BTD.device)
         if self.events is not None:
             x_BTD = x_BTD + self.events(events_BT)
-        x_BTD = self.dropout(x_BTD)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, turns)
-        x_BTD = self.norm(x_BTD)
-        return F.normalize(x_BTD, dim=-1) / self.config.temperature if self.config.temperature else x_BTD
+        if self.gaps is not None:
+            x_BTD = x_BTD + self.gaps(gaps_BT)
+        return self.dropout(x_BTD), turns
+
+    def _state(self, stream: Tensor) -> Tensor:
+        states = self.norm(stream)
+        return F.normalize(states, dim=-1) / self.config.temperature if self.config.temperature else states
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
         """Vectors whose dot product with a state is a logit; tied to the input embedding.
@@ -218,14 +268,14 @@ def initial_rows(first: int, stop: int, dim: int, seed: int) -> Tensor:
 @torch.no_grad()
 def user_states(encoder: InterestEncoder, queries: Queries) -> Tensor:
     """(B, D) float32 state after the last event, on the encoder's device; zero for an empty history."""
-    items_BT, events_BT, lengths = left_aligned(queries, encoder.config.max_length, encoder.num_items)
+    columns = ((queries.items, encoder.num_items), (queries.events, 0), (queries.gaps, 0))
+    (items_BT, events_BT, gaps_BT), lengths = left_aligned(queries, encoder.config.max_length, *columns)
     filled = np.flatnonzero(lengths)
     device = encoder.items.weight.device
     states_BD = torch.zeros(len(queries), encoder.config.dim, device=device)
     if len(filled):
-        states = encoder(torch.from_numpy(items_BT[filled]).to(device), torch.from_numpy(events_BT[filled]).to(device))
-        last = torch.from_numpy(lengths[filled] - 1).to(device)
-        states_BD[torch.from_numpy(filled).to(device)] = states[torch.arange(len(filled), device=device), last]
+        inputs = (torch.from_numpy(array[filled]).to(device) for array in (items_BT, events_BT, gaps_BT, lengths))
+        states_BD[torch.from_numpy(filled).to(device)] = encoder.last_states(*inputs)
     return states_BD
 
 
@@ -245,6 +295,11 @@ class InterestRetriever:
         self.warm = warm.astype(bool)
         self.item_vectors = self.encoder.item_vectors().detach().numpy().copy()
         self._items: Tensor | None = None  # the same on another device, where `to` moved them
+        self._remembered: Remembered | None = None
+
+    def remember(self, size: int) -> None:
+        """Keep the vectors of the histories asked for last, at most `size`; 0 keeps none. For a process that serves."""
+        self._remembered = Remembered(self._encode, self.encoder.config.max_length, size) if size else None
 
     @classmethod
     def from_encoder(cls, encoder: InterestEncoder, item_counts: np.ndarray) -> "InterestRetriever":
@@ -258,6 +313,10 @@ class InterestRetriever:
 
     def user_vectors(self, queries: Queries) -> np.ndarray:
         """(B, D) float32 state after the last event; zero for an empty history."""
+        return self._encode(queries) if self._remembered is None or not len(queries) else self._remembered(queries)
+
+    @torch.inference_mode()  # a third faster than without gradients alone
+    def _encode(self, queries: Queries) -> np.ndarray:
         return user_states(self.encoder, queries).cpu().numpy()
 
     def scores(self, queries: Queries) -> np.ndarray:
@@ -290,18 +349,25 @@ class InterestRetriever:
         return cls(encoder, arrays["warm"])
 
 
-def left_aligned(queries: Queries, max_length: int, padding: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def left_aligned(queries: Queries, max_length: int, *columns: tuple[np.ndarray, int]) -> tuple[list[np.ndarray], np.ndarray]:
     """Ragged histories as padded matrices, cut to their last `max_length` events.
 
+    Args:
+        queries: B histories with L events.
+        max_length: events kept.
+        columns: (L,) values of the events, and what pads them.
+
     Returns:
-        items (B, T) int64 padded with `padding`, events (B, T) int64 padded with 0, lengths (B,) int64; T is the longest length.
+        A (B, T) int64 matrix a column, and lengths (B,) int64; T is the longest length.
     """
     lengths = np.minimum(queries.lengths, max_length)
     T = int(lengths.max(initial=0))
-    columns = np.arange(T)
-    real = columns[None, :] < lengths[:, None]
-    take = (queries.indptr[1:] - lengths)[:, None] + columns[None, :]
-    items = np.full((len(queries), T), padding, np.int64)
-    events = np.zeros((len(queries), T), np.int64)
-    items[real], events[real] = queries.items[take[real]], queries.events[take[real]]
-    return items, events, lengths
+    places = np.arange(T)
+    real = places[None, :] < lengths[:, None]
+    take = (queries.indptr[1:] - lengths)[:, None] + places[None, :]
+    matrices = []
+    for values, padding in columns:
+        matrix = np.full(real.shape, padding, np.int64)
+        matrix[real] = values[take[real]]
+        matrices.append(matrix)
+    return matrices, lengths

@@ -218,7 +218,7 @@ class Ranker:
 def network_inputs(network: RankerNetwork, queries: Queries, candidates: Candidates) -> tuple[Tensor, ...]:
     """(history, lengths, items, fused, log_probs) tensors; see `RankerNetwork.forward`."""
     num_items = len(network.popularity) - 1
-    history, _, lengths = left_aligned(queries, network.config.max_history, num_items)
+    (history,), lengths = left_aligned(queries, network.config.max_history, (queries.items, num_items))
     if history.shape[1] == 0:
         history = np.full((len(queries), 1), num_items, np.int64)
     items = np.where(candidates.items < 0, num_items, candidates.items).astype(np.int64)

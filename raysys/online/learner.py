@@ -35,7 +35,7 @@ from raysys.registry import Pointer, Registry
 LOCK = "learner.lock"
 CONSUMER = "online"
 """Name under which the log remembers the offset of the version in use, so that retention waits for the learner."""
-WRITTEN_BY_BUNDLE = ("format", "version", "created", "user_key_id", "history_max_events", "fusion", "models", "files")
+WRITTEN_BY_BUNDLE = ("format", "version", "created", "user_key_id", "history_max_events", "fusion", "models", "files", "packing")
 Improve = Callable[[Bundle, Fresh, OnlineConfig, int], Improvement]
 
 

@@ -16,6 +16,7 @@ from raysys import storage
 from raysys.errors import ConfigError
 from raysys.events.dead_letters import dead_letter_folder
 from raysys.serve import deployments
+from raysys.serve.models import Compute
 from raysys.serve.rate import Rate
 from raysys.serve.request import MAX_DEADLINE_MS, Budget
 from raysys.serve.settings import FAST_SETTINGS
@@ -32,10 +33,14 @@ class AppArgs(BaseModel):
     registry: str | None = Field(None, description="URI of published bundles; default RAYSYS_REGISTRY, else a folder under RAYSYS_HOME")
     events: str | None = Field(None, description="event log; default RAYSYS_EVENTS, else a folder under RAYSYS_HOME")
     state: str | None = Field(None, description="online state; default RAYSYS_STATE, else a folder under RAYSYS_HOME")
-    device: Literal["cpu", "cuda", "auto"] = Field(
-        "cpu", description="where retrieval and ranking compute; auto: on the GPU that their num_gpus gave them, else on the CPU"
+    placement: Literal["together", "apart"] = Field(
+        "together", description="models in the ingress replicas, without a hop; or in deployments of their own, on other nodes or GPUs"
     )
-    threads: int = Field(1, ge=1, description="torch threads of each retrieval and ranking replica")
+    device: Literal["cpu", "cuda", "auto"] = Field(
+        "cpu", description="where models compute; auto: on the GPU that num_gpus gave to those that do, else on the CPU"
+    )
+    threads: int = Field(1, ge=1, description="torch threads of each replica that computes")
+    cached_histories: int = Field(20_000, ge=0, description="histories whose encoded vectors a replica keeps; about 500 bytes each")
     max_in_flight: int = Field(150, ge=1, description="requests an ingress replica works on at once; more get 503 and Retry-After")
     deadline_ms: int = Field(
         3000, ge=1, le=MAX_DEADLINE_MS, description="an answer is due so long after its request, where X-Deadline-Ms says nothing"
@@ -62,7 +67,7 @@ def build(args: AppArgs) -> Application:
 
 
 def assemble(args: AppArgs, ingress: Deployment, retrieval: Deployment, ranking: Deployment, ingestion: Deployment) -> Application:
-    """Bind four deployments to each other; see `build`."""
+    """Bind the deployments to each other, retrieval and ranking only where they are apart; see `build`."""
     registry, events, state = (_location(name, getattr(args, name)) for name in ("registry", "events", "state"))
     missing = [name for name, value in FAST_SETTINGS.items() if os.environ.get(name) != value]
     if missing:
@@ -72,14 +77,16 @@ def assemble(args: AppArgs, ingress: Deployment, retrieval: Deployment, ranking:
     on_node = LOCAL_NODE if storage.is_local(state) or storage.is_local(events) else {}
     if on_node and len([node for node in ray.nodes() if node["Alive"]]) > 1 and not storage.is_local(registry):
         logging.getLogger("ray.serve").warning("log and state are embedded: ingress and ingestion stay on the head node")
-    models = [stage.bind(registry, args.threads, args.device) for stage in (retrieval, ranking)]
+    compute = Compute(args.threads, args.device, args.cached_histories)
+    stages = tuple(stage.bind(registry, compute) for stage in (retrieval, ranking)) if args.placement == "apart" else None
     refused = dead_letter_folder(events, args.dead_letters and _location("dead_letters", args.dead_letters))
     writer = ingestion.options(ray_actor_options=_actor(on_node)).bind(events, state, args.history_events, args.pseudonyms, refused)
     return ingress.options(ray_actor_options=_actor(on_node)).bind(
         registry,
         state,
-        *models,
+        stages,
         writer,
+        compute=compute,
         max_in_flight=args.max_in_flight,
         rate=Rate(args.rate_limit, args.rate_burst),
         budget=Budget(args.deadline_ms / 1000, args.retrieval_ms / 1000, args.ranking_ms / 1000),

@@ -1,157 +1,62 @@
-"""The Serve deployments: thin shells around `pipeline.py`, `events/store.py` and `http.py`.
+"""The Serve deployments: thin shells around `models.py`, `events/store.py` and `http.py`.
 
-Ingress (HTTP, reads state) -> Retrieval -> Ranking       one version a request, named in every call
-        `-> Ingestion (the only writer of log and state)
+Ingress (HTTP, reads state, and computes where `placement` is together)
+        |-> Retrieval, Ranking   where it is apart; one version a request, named in every call
+        `-> Ingestion            the only writer of log and state
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
-import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
-from raysys.bundle import Bundle
-from raysys.errors import ConfigError, ServeOverloaded
+from raysys.errors import ServeOverloaded
 from raysys.events.dead_letters import DeadLetters
 from raysys.events.log import Record, open_log
 from raysys.events.state import StateLimits, open_state
 from raysys.events.store import EventStore
-from raysys.models.base import Candidates
-from raysys.pipeline import Pipeline
 from raysys.queries import Queries
 from raysys.registry import Registry
 from raysys.serve.catalogue import Catalogue, live_encoder
 from raysys.serve.exporter import Exporter
 from raysys.serve.http import create_app
 from raysys.serve.metrics import Metrics
+from raysys.serve.models import (
+    POLL_S,
+    RETRIEVAL_MODELS,
+    Compute,
+    Models,
+    RankRequest,
+    RetrieveRequest,
+    explain_one,
+    rank_many,
+    retrieve_many,
+    warm_up,
+)
 from raysys.serve.rate import Rate
-from raysys.serve.recommender import Recommender, RetrievedOne, Version, pad_candidates
+from raysys.serve.recommender import Backend, Recommender, RetrievedOne, Version
 from raysys.serve.request import Budget
+from raysys.serve.together import MAX_BATCH, TogetherBackend, raised
 
 LOG = logging.getLogger("ray.serve")
-POLL_S = 1.0
-"""Seconds between looks at the registry's pointer."""
 WRITE_RETRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 """Waits before a write is repeated after its replica died; a new one is up in a few seconds."""
 TRY_S = 30.0
 """Patience with the first request, which a replica sends itself before it is ready, seconds a stage."""
-KEEP_VERSIONS = 2
-"""Bundles a replica keeps loaded: the current one, and the one that requests under way may still name."""
 NOTHING_PUBLISHED = "no model published; run `raysys train --prepared DIR --out BUNDLE`, then `raysys publish BUNDLE --registry {registry}`"
 
 
-class Models:
-    """Pipelines by version, loaded on demand from the registry; the last KEEP_VERSIONS stay.
-
-    Args:
-        registry: URI.
-        stage: name of what they compute, for the metrics.
-        only: models to load.
-        device: where they compute, see `device_of`.
-    """
-
-    def __init__(self, registry: str, stage: str, only: tuple[str, ...], device: str):
-        self.registry, self._stage, self._only, self._device = Registry(registry), stage, only, device_of(device)
-        self._metrics = Metrics()
-        Exporter(self._metrics).run()
-        self._loaded: OrderedDict[str, Pipeline] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, version: str) -> Pipeline:
-        """The pipeline of a version.
-
-        Raises:
-            BundleError: the registry does not have it, or it is damaged.
-        """
-        with self._lock:
-            if version not in self._loaded:
-                self._loaded[version] = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only)).to(self._device)
-                while len(self._loaded) > KEEP_VERSIONS:
-                    self._loaded.popitem(last=False)
-            return self._loaded[version]
-
-    def answer(self, requests: list[Any], handle: Callable[[Pipeline, list[Any]], list[Any]]) -> list[Any]:
-        """One batch of requests, their version first in each, handled a version at a time.
-
-        Where a version fails, its requests get the exception as their answer: the others of the batch asked for something else.
-        """
-        started = time.perf_counter()
-        groups: dict[str, list[int]] = {}
-        for position, request in enumerate(requests):
-            groups.setdefault(request[0], []).append(position)
-        answers: list[Any] = [None] * len(requests)
-        for version, positions in groups.items():
-            try:
-                found = handle(self.get(version), [requests[position] for position in positions])
-            except Exception as error:
-                found = [error] * len(positions)
-            for position, answer in zip(positions, found, strict=True):
-                answers[position] = answer
-        self._metrics.batch_size.observe(len(requests), self._stage)
-        self._metrics.batch_ms.observe((time.perf_counter() - started) * 1000, self._stage)
-        return answers
-
-    def load_current(self) -> Pipeline | None:
-        """Load what the pointer names, before a request asks for it; None while nothing is published."""
-        pointer = self.registry.current()
-        return None if pointer is None else self.get(pointer.version)
-
-    def follow(self) -> None:
-        """Poll the pointer for ever, in a thread: a new version is warm here before the ingress names it."""
-
-        def poll() -> None:
-            while True:
-                time.sleep(POLL_S)
-                try:
-                    pipeline = self.load_current()
-                    if pipeline is not None:
-                        warm_up(pipeline)
-                except Exception as error:  # the thread must live: the next version may be sound
-                    LOG.error("cannot load the published version: %s: %s", type(error).__name__, error)
-
-        threading.Thread(target=poll, daemon=True, name="follow-registry").start()
-
-
-def device_of(wanted: str) -> str:
-    """`cpu` or `cuda` as wanted, or with `auto` the GPU where this replica has one that torch can use (a logical one is none).
-
-    Raises:
-        ConfigError: `cuda` where there is none.
-    """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return "cpu"
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "args.device: expected a replica with a GPU for cuda, torch finds none; "
-            "give Retrieval and Ranking num_gpus in ray_actor_options, or set device: auto"
-        )
-    return "cuda"
-
-
-def warm_up(pipeline: Pipeline) -> None:
-    """Run one request through, once a pipeline: the first call of torch and of lazy caches is the slow one."""
-    if getattr(pipeline, "warm", False):
-        return
-    query = Queries.from_lists([[0]])
-    items = np.zeros((1, pipeline.num_candidates), np.int32)
-    names = tuple(pipeline.sources)
-    if pipeline.sources:
-        pipeline.retrieve(query)
-        pipeline.explain(query, np.zeros(1, np.int64))
-    elif pipeline.ranker is not None:
-        names = pipeline.ranker.sources
-    zeros = np.zeros(items.shape, np.float32)
-    pipeline.rank(query, Candidates(items, zeros, np.zeros((*items.shape, len(names)), np.float32), names))
-    pipeline.warm = True  # type: ignore[attr-defined]
+def _exported(metrics: Metrics) -> Metrics:
+    """The metrics, handed on to Prometheus from now on."""
+    Exporter(metrics).run()
+    return metrics
 
 
 @serve.deployment
@@ -160,52 +65,24 @@ class Retrieval:
 
     Args:
         registry: URI.
-        threads: torch threads of this replica.
-        device: `cpu`, `cuda`, or `auto`.
+        compute: settings.
     """
 
-    def __init__(self, registry: str, threads: int = 1, device: str = "cpu"):
-        torch.set_num_threads(threads)
-        self._models = Models(registry, "retrieval", ("interest", "covisit", "linear", "content", "popularity", "dot_product"), device)
+    def __init__(self, registry: str, compute: Compute):
+        self._models = Models(registry, compute, _exported(Metrics()), only=RETRIEVAL_MODELS)
         pipeline = self._models.load_current()
         if pipeline is not None:
             warm_up(pipeline)
         self._models.follow()
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
-    async def retrieve(self, requests: list[tuple[str, Queries, int, bytes | None, np.ndarray]]) -> list[RetrievedOne | Exception]:
-        """(version, query, k, packed allowed bits or None, blocked rows) each."""
-        return self._models.answer(requests, self._retrieve)
-
-    def _retrieve(self, pipeline: Pipeline, group: list[tuple]) -> list[RetrievedOne]:
-        num_items = pipeline.num_items
-        allowed = np.ones((len(group), num_items), bool)
-        for row, (_, _, _, bits, blocked) in enumerate(group):
-            if bits is not None:
-                allowed[row] = np.unpackbits(np.frombuffer(bits, np.uint8), count=num_items)
-            allowed[row, blocked] = False
-        retrieved = pipeline.retrieve(
-            Queries.stack([query for _, query, _, _, _ in group]), max(k for _, _, k, _, _ in group), allowed=allowed
-        )
-        candidates = retrieved.candidates
-        answers = []
-        for row, (_, _, k, _, _) in enumerate(group):
-            count = min(k, int((candidates.items[row] >= 0).sum()))
-            answers.append(
-                RetrievedOne(
-                    candidates.items[row, :count],
-                    candidates.fused[row, :count],
-                    candidates.log_probs[row, :count],
-                    candidates.sources,
-                    None if retrieved.profiles is None else retrieved.profiles[row],
-                    None if retrieved.affinity is None else retrieved.affinity[row],
-                )
-            )
-        return answers
+    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.0)
+    async def retrieve(self, requests: list[RetrieveRequest]) -> list[RetrievedOne | Exception]:
+        """See `retrieve_many`."""
+        return self._models.answer("retrieval", requests, retrieve_many)
 
     async def explain(self, version: str, query: Queries, items: np.ndarray) -> list[tuple[str, int | None]]:
-        """(kind, item row behind it) for each item."""
-        return [(reason.kind, reason.because) for reason in self._models.get(version).explain(query, items)]
+        """See `explain_one`."""
+        return explain_one(self._models.get(version), query, items)
 
 
 @serve.deployment
@@ -214,28 +91,20 @@ class Ranking:
 
     Args:
         registry: URI.
-        threads: torch threads of this replica.
-        device: `cpu`, `cuda`, or `auto`.
+        compute: settings.
     """
 
-    def __init__(self, registry: str, threads: int = 1, device: str = "cpu"):
-        torch.set_num_threads(threads)
-        self._models = Models(registry, "ranking", ("ranker",), device)
+    def __init__(self, registry: str, compute: Compute):
+        self._models = Models(registry, compute, _exported(Metrics()), only=("ranker",))
         pipeline = self._models.load_current()
         if pipeline is not None:
             warm_up(pipeline)
         self._models.follow()
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
-    async def rank(self, requests: list[tuple[str, Queries, RetrievedOne]]) -> list[tuple[np.ndarray, np.ndarray] | Exception]:
-        """(version, query, candidates) each."""
-        return self._models.answer(requests, self._rank)
-
-    def _rank(self, pipeline: Pipeline, group: list[tuple]) -> list[tuple[np.ndarray, np.ndarray]]:
-        candidates = pad_candidates([retrieved for _, _, retrieved in group])
-        scores, probabilities = pipeline.rank(Queries.stack([query for _, query, _ in group]), candidates)
-        counts = [len(retrieved.items) for _, _, retrieved in group]
-        return [(scores[row, :count], probabilities[row, :count]) for row, count in enumerate(counts)]
+    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.0)
+    async def rank(self, requests: list[RankRequest]) -> list[tuple[np.ndarray, np.ndarray] | Exception]:
+        """See `rank_many`."""
+        return self._models.answer("ranking", requests, rank_many)
 
 
 @serve.deployment
@@ -268,13 +137,6 @@ class Ingestion:
         return await asyncio.get_running_loop().run_in_executor(None, self._store.records_of, user_id)
 
 
-def _raised(answer: Any) -> Any:
-    """A batched call hands an exception back as a value, so that it fails one request and not its whole batch."""
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
 class HandleBackend:
     """`recommender.Backend` over Serve handles."""
 
@@ -284,11 +146,11 @@ class HandleBackend:
     async def retrieve(self, version: str, query: Queries, k: int, allowed: np.ndarray | None, blocked: np.ndarray) -> RetrievedOne:
         """See `Backend.retrieve`."""
         bits = None if allowed is None or allowed.all() else np.packbits(allowed).tobytes()
-        return _raised(await self._retrieval.retrieve.remote((version, query, k, bits, blocked)))
+        return raised(await self._retrieval.retrieve.remote((version, query, k, bits, blocked)))
 
     async def rank(self, version: str, query: Queries, retrieved: RetrievedOne) -> tuple[np.ndarray, np.ndarray]:
         """See `Backend.rank`."""
-        return _raised(await self._ranking.rank.remote((version, query, retrieved)))
+        return raised(await self._ranking.rank.remote((version, query, retrieved)))
 
     async def explain(self, version: str, query: Queries, items: np.ndarray) -> list[tuple[str, int | None]]:
         """See `Backend.explain`."""
@@ -338,9 +200,9 @@ class Ingress:
     Args:
         registry: URI of published bundles.
         state: URI of the online state.
-        retrieval: handle.
-        ranking: handle.
+        stages: handles of retrieval and ranking; None to compute here.
         ingestion: handle.
+        compute: settings, where it computes.
         max_in_flight: requests at once; more are shed.
         rate: what one client may do.
         budget: time limits of a request.
@@ -351,10 +213,10 @@ class Ingress:
         self,
         registry: str,
         state: str,
-        retrieval: DeploymentHandle,
-        ranking: DeploymentHandle,
+        stages: tuple[DeploymentHandle, DeploymentHandle] | None,
         ingestion: DeploymentHandle,
         *,
+        compute: Compute,
         max_in_flight: int,
         rate: Rate,
         budget: Budget,
@@ -365,9 +227,13 @@ class Ingress:
         self._problem: str | None = None
         self._max_in_flight, self._rate, self._followers = max_in_flight, rate, followers
         self._writer = HandleWriter(ingestion)
-        self._backend = HandleBackend(retrieval, ranking)
-        self._recommender = Recommender(open_state(state, patient=False), self._backend, budget=budget)
-        Exporter(self._recommender.metrics).run()
+        # All models where the ingress computes, else what placing live items and answering without retrieval takes.
+        self._computes_here, metrics = stages is None, Metrics()
+        only = None if self._computes_here else ("content", "covisit") if followers else ("content",)
+        # Where it does not compute, no GPU was given to it.
+        self._models = Models(registry, compute if self._computes_here else replace(compute, device="cpu"), metrics, only)
+        self._backend: Backend = HandleBackend(*stages) if stages else TogetherBackend(self._models)
+        self._recommender = Recommender(open_state(state, patient=False), self._backend, budget=budget, metrics=_exported(metrics))
         self._tried: str | None = None
         self._follow_once()
         threading.Thread(target=self._follow, daemon=True, name="follow-registry").start()
@@ -418,15 +284,19 @@ class Ingress:
             current = self._recommender.version
             if pointer is None or (current is not None and current.bundle.version == pointer.version):
                 return
-            bundle = Bundle.open(
-                self._registry.bundle_uri(pointer.version), only=("content", "covisit") if self._followers else ("content",)
-            )
+            pipeline = self._models.get(pointer.version)
+            bundle = pipeline.bundle
             catalogue = Catalogue(bundle.items, live_encoder(bundle))
             catalogue.apply(self._recommender.state.items_since(0))
-            if current is not None:
+            if self._computes_here:
+                warm_up(pipeline)
+            elif current is not None:
                 # Retrieval and ranking poll at the same pace; give them the time to load before naming the version to them.
                 time.sleep(2 * POLL_S)
-            self._recommender.version = Version.of(bundle, catalogue, self._followers)
+            version = Version.of(bundle, catalogue, self._followers)
+            if not self._computes_here:
+                bundle.models.pop("covisit", None)  # its counts take several times the memory of the followers that are kept
+            self._recommender.version = version
             self._problem = None
             LOG.info("serving version %s", pointer.version)
             if bundle.key_problem:

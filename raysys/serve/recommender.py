@@ -104,14 +104,27 @@ class Version:
         """Build from a bundle opened for the ingress.
 
         Args:
-            bundle: with its content vectors and, until this returns, its co-visitation.
+            bundle: with its content vectors and, for followers, its co-visitation.
             catalogue: of the same bundle.
             width: followers kept an item; 0 for none.
         """
         counts = bundle.items["num_train"].to_numpy()
-        covisit = bundle.models.pop("covisit", None)  # its counts take several times the memory of what is kept of them
+        covisit = bundle.models.get("covisit")
         followers = Followers.of(covisit, width) if width and covisit is not None else None
         return cls(bundle, catalogue, np.argsort(-counts, kind="stable"), followers, bundle.fusion["mixture"]["weights"])
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What somebody did: E events that the bundle knows, as its rows, then what came since."""
+
+    rows: np.ndarray  # (E,) int32
+    codes: np.ndarray  # (E,) int8 event codes
+    times: np.ndarray  # (E,) int64 UTC epoch seconds
+    since: list[HistoryEvent]
+
+
+NO_PAST = (np.zeros(0, np.int32), np.zeros(0, np.int8), np.zeros(0, np.int64))
 
 
 class Recommender:
@@ -172,23 +185,17 @@ class Recommender:
         stages, deadline = Stages(), deadline or Deadline.after(self.budget.whole_s)
         self.sync_items()
         version = self.version
-        history, strategy, unread = self._history(body, version)
+        past, strategy, unread = self._past(body, version)
         stages.mark("state")
         compiled = self.catalogue.compile(body.filter)
-        blocked_ids = set(body.exclude)
-        if body.exclude_seen is not False:
-            kinds = None if body.exclude_seen is True else set(body.exclude_seen)
-            blocked_ids |= {event.item_id for event in history if kinds is None or event.event in kinds}
-            if body.user_id is not None:
-                blocked_ids |= self._from_state(lambda: self.state.seen(str(body.user_id), kinds), set())
+        blocked_ids, blocked = self._blocked(body, past, version)
         wanted = None if body.include is None else set(body.include)
         if version is None:
             ranked = self._fallback(body.offset + body.n, None, blocked_ids, wanted, body.filter)
             return self._answer(body, ranked, stages, strategy="fallback", lack=NO_MODEL)
-        query = self._query(version, history)
+        query = self._query(version, past)
         strategy, lack = self._checked(version, body.user_id, query, strategy)
         allowed = self._allowed(version, body.filter, wanted)
-        blocked = np.array([row for item in blocked_ids if (row := version.catalogue.index.get(item)) is not None], np.int32)
         need = body.offset + body.n
         k = max(self.num_candidates, need + 1)
         try:
@@ -198,6 +205,7 @@ class Recommender:
         except Exception as error:  # whatever broke, what follows the last items and what is popular still answers
             failed = self._failed("retrieval", error)
             stages.mark("retrieval")
+            blocked_ids |= {version.catalogue.item_ids[row] for row in blocked}
             ranked = self._fallback(need, query, blocked_ids, wanted, body.filter)
             stages.mark("rerank")
             return self._answer(body, ranked, stages, strategy="fallback", lack=failed)
@@ -229,7 +237,7 @@ class Recommender:
         stages, deadline = Stages(), deadline or Deadline.after(self.budget.whole_s)
         self.sync_items()
         version = self.version
-        history, strategy, unread = self._history(body, version)
+        past, strategy, unread = self._past(body, version)
         stages.mark("state")
         candidates = list(dict.fromkeys(body.candidates))
         usable = [
@@ -237,7 +245,7 @@ class Recommender:
         ]
         if version is None:
             return self._answer(body, Ranked("popularity").with_rest(usable), stages, strategy="fallback", lack=NO_MODEL)
-        query = self._query(version, history)
+        query = self._query(version, past)
         rows = np.array([row for item in usable if (row := version.catalogue.index.get(item)) is not None], np.int64)
         strategy, lack = self._checked(version, body.user_id, query, strategy)
         allowed = np.zeros(len(version.catalogue.item_ids), bool)
@@ -332,10 +340,11 @@ class Recommender:
             self._failed("state", error)
             return otherwise
 
-    def _history(self, body: RecommendBody | RankBody, version: Version | None) -> tuple[list[HistoryEvent], str, Lack | None]:
+    def _past(self, body: RecommendBody | RankBody, version: Version | None) -> tuple[_Past, str, Lack | None]:
         """Bundle history, then events since, then what the request itself brings; the strategy if the models know any of it; what fails."""
         unread: list[HistoryEvent] = []
         unknown: float | None = 0.0
+        learnt = NO_PAST
         events: list[HistoryEvent] = []
         live: list[HistoryEvent] = []
         if body.user_id is not None:
@@ -343,20 +352,37 @@ class Recommender:
             live = self._from_state(lambda: self.state.history(user_id), unread)
             # A state that cannot be read cannot say who was erased either.
             if version is not None and live is not unread and self._from_state(lambda: self.state.erased_at(user_id), unknown) is None:
-                events = _bundle_history(version, user_id, live)
+                learnt = _bundle_history(version, user_id, live)
             events += live
         if body.session_id is not None and body.user_id is None:
             session_id = body.session_id
             live = self._from_state(lambda: self.state.session_history(session_id), unread)
             events += live
-        strategy = "personalized" if events and body.user_id is not None else "session" if events else "cold_start"
+        known = len(learnt[0]) + len(events)
+        strategy = "personalized" if known and body.user_id is not None else "session" if known else "cold_start"
         if body.history:
             now = self.clock()
             for entry in body.history:
                 item = HistoryItem(item_id=entry) if isinstance(entry, str) else entry
                 events.append(HistoryEvent(item.item_id, item.event, item.timestamp or now, item.value))
             strategy = strategy if strategy == "personalized" else "session"
-        return events, strategy, Lack("state", "state cannot be read (StateError)") if live is unread else None
+        return _Past(*learnt, events), strategy, Lack("state", "state cannot be read (StateError)") if live is unread else None
+
+    def _blocked(self, body: RecommendBody, past: _Past, version: Version | None) -> tuple[set[str], np.ndarray]:
+        """Items that must not be in the answer: ids, and (n,) int32 rows of the version, which are not all among the ids."""
+        ids, rows = set(body.exclude), past.rows[:0]
+        if body.exclude_seen is not False:
+            kinds = None if body.exclude_seen is True else set(body.exclude_seen)
+            ids |= {event.item_id for event in past.since if kinds is None or event.event in kinds}
+            if body.user_id is not None:
+                ids |= self._from_state(lambda: self.state.seen(str(body.user_id), kinds), set())
+            rows = past.rows
+            if kinds is not None and version is not None:
+                rows = rows[np.array([name in kinds for name in version.bundle.events])[past.codes]]
+        if version is not None:
+            index = version.catalogue.index
+            rows = np.append(rows, np.array([row for item in ids if (row := index.get(item)) is not None], np.int32))
+        return ids, rows
 
     def _checked(self, version: Version, user_id: str | None, query: Queries, strategy: str) -> tuple[str, Lack | None]:
         """The strategy by what the models have to go on, and why the answer is less than it could be."""
@@ -366,18 +392,14 @@ class Recommender:
             return "cold_start", Lack("user_key", "histories unreadable: the bundle was written with another user key")
         return "cold_start", None
 
-    def _query(self, version: Version, history: list[HistoryEvent]) -> Queries:
+    def _query(self, version: Version, past: _Past) -> Queries:
         index, codes = version.catalogue.index, version.bundle.event_codes
-        known = [(row, codes.get(event.event, 0), event.timestamp) for event in history if (row := index.get(event.item_id)) is not None]
-        known = known[-self.history_limit :]
-        rows, events, times = ([entry[column] for entry in known] for column in range(3))
-        return Queries(
-            np.array(rows, np.int32),
-            np.array(events, np.int8),
-            np.array(times, np.float64).astype(np.int64),
-            np.array([0, len(known)], np.int64),
-            np.array([int(self.clock())], np.int64),
-        )
+        since = [(row, codes.get(event.event, 0), event.timestamp) for event in past.since if (row := index.get(event.item_id)) is not None]
+        new = [np.array([entry[column] for entry in since], np.float64) for column in range(3)]
+        known = (past.rows, past.codes, past.times)
+        both = (np.append(old, column.astype(old.dtype))[-self.history_limit :] for old, column in zip(known, new, strict=True))
+        rows, events, times = both
+        return Queries(rows, events, times, np.array([0, len(rows)], np.int64), np.array([int(self.clock())], np.int64))
 
     def _allowed(self, version: Version, rules: dict[str, Any], wanted: set[str] | None) -> np.ndarray:
         mask = version.catalogue.available
@@ -417,15 +439,14 @@ class Recommender:
         rows = retrieved.items[order].astype(np.int64)
         weights = np.array([max(version.weights.get(name, 0.0), 1e-12) for name in retrieved.sources])
         shares = np.exp(np.log(weights) + retrieved.log_probs[order] - retrieved.fused[order, None])
-        chances = [None if np.isnan(p) else round(float(p), 6) for p in probabilities[order]]
+        chances = [None if p != p else round(p, 6) for p in probabilities[order].tolist()]  # NaN alone differs from itself
         sources: list[list[str]] = []
         if len(query.items) == 0:  # fusion follows popularity alone there; what the others say about nobody is a constant
             shares, sources = shares[:0], [["popularity"] for _ in rows]
-        for share in shares:
-            best_first = np.argsort(-share)
+        for best_first, share in zip(np.argsort(-shares, axis=1).tolist(), shares.tolist(), strict=True):
             sources.append([retrieved.sources[s] for s in best_first if share[s] >= SOURCE_SHARE or s == best_first[0]])
         ids = version.catalogue.item_ids
-        return Ranked(by, [ids[row] for row in rows], rows, [round(float(s), 6) for s in scores[order]], chances, sources)
+        return Ranked(by, [ids[row] for row in rows.tolist()], rows, [round(s, 6) for s in scores[order].tolist()], chances, sources)
 
     def _insert_live(
         self, ranked: Ranked, retrieved: RetrievedOne, blocked: set[str], wanted: set[str] | None, compiled: dict, need: int
@@ -563,15 +584,18 @@ def pad_candidates(retrieved: list[RetrievedOne]) -> Candidates:
     return Candidates(items, fused, log_probs, sources)
 
 
-def _bundle_history(version: Version, user_id: str, live: list[HistoryEvent]) -> list[HistoryEvent]:
-    """What the bundle remembers, without the events that state still has too (a later bundle learnt from the log)."""
+def _bundle_history(version: Version, user_id: str, live: list[HistoryEvent]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, event codes and times in the bundle, without what state still has too (a later bundle learnt from the log)."""
     found = version.bundle.histories.lookup(user_id)
     if found is None:
-        return []
-    ids, names = version.catalogue.item_ids, version.bundle.events
-    again = {(event.item_id, int(event.timestamp)) for event in live}
-    history = [HistoryEvent(ids[item], names[code], float(at)) for item, code, at in zip(*found, strict=True)]
-    return [event for event in history if (event.item_id, int(event.timestamp)) not in again]
+        return NO_PAST
+    if not live:
+        return found
+    index = version.catalogue.index
+    again = {(index.get(event.item_id), int(event.timestamp)) for event in live}
+    rows, codes, times = found
+    kept = np.array([event not in again for event in zip(rows.tolist(), times.tolist(), strict=True)], bool)
+    return rows[kept], codes[kept], times[kept]
 
 
 def _no_items() -> pa.Table:

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from raysys.prepare.dataset import Sequences
+from raysys.queries import gap_codes
 
 BUCKET_BATCHES = 64
 """Batches whose windows are sorted by length together; more is less padding and less shuffling."""
@@ -25,12 +26,13 @@ class Batch:
     """Inputs and next-item targets, left-aligned.
 
     Attributes:
-        items, events: (B, T) int64; items padded with the number of items.
+        items, events, gaps: (B, T) int64; items padded with the number of items; gaps are codes of `gap_codes`.
         targets: (B, T) int64 next item, -1 where there is none.
     """
 
     items: np.ndarray
     events: np.ndarray
+    gaps: np.ndarray
     targets: np.ndarray
 
 
@@ -39,7 +41,7 @@ class Pool:
     """The share of one rank in some global batches.
 
     Attributes:
-        items: (E,) int32. events: (E,) int8. Histories, flat.
+        items: (E,) int32. events: (E,) int8. gaps: (E,) int8. Histories, flat.
         start, stop: (W,) int64 flat positions of this rank's windows, batch by batch.
         first: (G+1,) int64; batch g has the windows `first[g]:first[g+1]`.
         num_targets: (G,) int64 targets of the whole global batch, over all ranks.
@@ -47,6 +49,7 @@ class Pool:
 
     items: np.ndarray
     events: np.ndarray
+    gaps: np.ndarray
     start: np.ndarray
     stop: np.ndarray
     first: np.ndarray
@@ -74,7 +77,7 @@ class Pool:
         stop = np.cumsum(lengths)
         start = stop - lengths
         take = np.arange(lengths.sum()) + np.repeat(self.start - start, lengths)
-        return Pool(self.items[take], self.events[take], start, stop, self.first, self.num_targets)
+        return Pool(self.items[take], self.events[take], self.gaps[take], start, stop, self.first, self.num_targets)
 
 
 class Source(Protocol):
@@ -174,7 +177,8 @@ def cut_pool(
     shares = [group[rank::world_size] for group in groups]
     mine = np.concatenate([*shares, np.zeros(0, np.int64)]).astype(np.int64)
     first_of = np.concatenate([[0], np.cumsum([len(share) for share in shares])]).astype(np.int64)
-    return Pool(sequences.items, sequences.events, start[mine], stop[mine], first_of, num_targets)
+    gaps = gap_codes(sequences.times, sequences.indptr)
+    return Pool(sequences.items, sequences.events, gaps, start[mine], stop[mine], first_of, num_targets)
 
 
 def _pad(pool: Pool, start: np.ndarray, stop: np.ndarray, padding: int) -> Batch:
@@ -183,10 +187,10 @@ def _pad(pool: Pool, start: np.ndarray, stop: np.ndarray, padding: int) -> Batch
     real = columns[None, :] < lengths[:, None]
     take = (start[:, None] + columns[None, :])[real]
     items = np.full(real.shape, padding, np.int64)
-    events = np.zeros(real.shape, np.int64)
+    events, gaps = np.zeros(real.shape, np.int64), np.zeros(real.shape, np.int64)
     targets = np.full(real.shape, -1, np.int64)
-    items[real], events[real], targets[real] = pool.items[take], pool.events[take], pool.items[take + 1]
-    return Batch(items, events, targets)
+    items[real], events[real], gaps[real], targets[real] = pool.items[take], pool.events[take], pool.gaps[take], pool.items[take + 1]
+    return Batch(items, events, gaps, targets)
 
 
 def num_windows(lengths: np.ndarray, max_length: int, users: np.ndarray | int = 1) -> int:

@@ -44,7 +44,7 @@ class ScalingConfig:
     input: Literal["auto", "memory", "stream"] = "auto"
     """Training histories in every worker's memory, or streamed through it by Ray Data; auto streams from 50 million events."""
     shuffle_events: int = 4_000_000
-    """Events that are shuffled together where they are streamed; a worker holds about three times its share of them, 5 bytes each.
+    """Events that are shuffled together where they are streamed; a worker holds about three times its share of them, 6 bytes each.
     Worker 0 learns the other models from as many at a time, about 300 bytes each."""
 
     def __post_init__(self) -> None:
@@ -99,6 +99,8 @@ class TrainConfig:
                 "interest.exclude_seen is learnt by the full softmax over a whole table: expected encoder.loss softmax and "
                 f"scaling.shard_items false, got {self.encoder.loss} and {str(self.scaling.shard_items).lower()}"
             )
+        if self.encoder.loss == "gbce" and self.scaling.shard_items:
+            raise ValueError("encoder.loss gbce needs the whole item table: expected scaling.shard_items false, or encoder.loss sampled")
         if self.encoder.table_optimizer != "adamw" and self.scaling.workers > 1 and not self.scaling.shard_items:
             raise ValueError(
                 f"encoder.table_optimizer {self.encoder.table_optimizer!r} works on the rows that a worker owns; "

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from raysys.models.interest import InterestEncoder
 from raysys.train.average import Average
 from raysys.train.batches import Batch, Pool, Source
-from raysys.train.loss import fast_dtype, full_softmax_loss, sampled_softmax_loss
+from raysys.train.loss import distilled_softmax_loss, fast_dtype, full_softmax_loss, gbce_loss, sampled_softmax_loss
+from raysys.train.negatives import Negatives, Sampling
 from raysys.train.optimizers import (
     TableOptimizerName,
     dense_optimizer,
@@ -58,10 +59,15 @@ class EncoderTrainConfig:
     """Steps of linear rise to `lr`; a cosine down to 5% of it follows."""
     ema: float = 0.99
     """Decay a step of the running average of the weights, which is what is validated and kept; 0 for the weights themselves."""
-    loss: Literal["softmax", "sampled"] = "softmax"
-    """Cross-entropy over the whole catalogue, or over the target and shared negatives."""
+    loss: Literal["softmax", "sampled", "gbce"] = "softmax"
+    """Cross-entropy over the whole catalogue, or over the target and shared negatives; or gSASRec's binary cross-entropy over those,
+    which wants `interest.temperature` 0."""
     num_negatives: int = 1024
-    """Uniform negatives a step for the sampled loss."""
+    """Negatives a step, for the losses that draw some."""
+    negatives: Sampling = "uniform"
+    """How they are drawn: evenly, by popularity rank (log_uniform), or half of each (mixed); the sampled loss corrects for it."""
+    gbce_calibration: float = 0.75
+    """Of the gbce loss, t in [0, 1]: 0 is plain binary cross-entropy, 1 takes away all overconfidence."""
     patience: int = 3
     """Validations without a better figure before stopping."""
     validate_every: int = 2
@@ -79,6 +85,10 @@ class EncoderTrainConfig:
         for name in ("epochs", "batch_size", "accumulate", "num_negatives", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if not 0 <= self.gbce_calibration <= 1:
+            raise ValueError(f"expected gbce_calibration in [0, 1], got {self.gbce_calibration}")
+        if self.loss == "gbce" and self.negatives != "uniform":
+            raise ValueError(f"expected negatives uniform with loss gbce, whose calibration assumes it, got {self.negatives}")
         if self.checkpoint_steps is not None and self.checkpoint_steps < 1:
             raise ValueError(f"expected checkpoint_steps of at least 1, or null, got {self.checkpoint_steps}")
 
@@ -119,33 +129,46 @@ class TrainState:
 class _Trainee(nn.Module):
     """Encoder and loss in one module, so that DistributedDataParallel sees every parameter used."""
 
-    def __init__(self, encoder: InterestEncoder, config: EncoderTrainConfig, parallel: Parallel):
+    def __init__(
+        self, encoder: InterestEncoder, config: EncoderTrainConfig, parallel: Parallel, teacher: InterestEncoder | None, share: float
+    ):
         super().__init__()
-        self.encoder, self.parallel, self.precision = encoder, parallel, config.precision
+        self.teacher, self.share = [teacher], share  # in a list: its weights are not to be trained, averaged or saved
+        self.encoder, self.parallel, self.config, self.precision = encoder, parallel, config, config.precision
 
-    def forward(self, items: Tensor, events: Tensor, targets: Tensor, negatives: Tensor | None) -> Tensor:
+    def forward(
+        self, items: Tensor, events: Tensor, gaps: Tensor, targets: Tensor, negatives: Tensor | None, log_expected: Tensor | None
+    ) -> Tensor:
         device, encoder = items.device, self.encoder
         real = targets >= 0
         with torch.autocast(device.type, torch.bfloat16, enabled=self._autocasts(device)):
-            states = encoder(items, events)[real].float()
+            states = encoder(items, events, gaps)[real].float()
         targets = targets[real]
         dtype = fast_dtype(device) if self.precision == "auto" else getattr(torch, self.precision)
         if not isinstance(encoder.items, ShardedTable):
             if negatives is None:
                 seen = seen_before(items, real) if encoder.config.exclude_seen else None
+                if (teacher := self.teacher[0]) is not None:
+                    with torch.no_grad():
+                        taught, told = teacher(items, events, gaps)[real].float(), teacher.item_vectors()
+                    goal = {"teacher_states_PD": taught, "teacher_vectors_ND": told, "share": self.share}
+                    return distilled_softmax_loss(states, encoder.item_vectors(), targets, **goal, seen=seen, dtype=dtype)
                 return full_softmax_loss(states, encoder.item_vectors(), targets, seen=seen, dtype=dtype)
-            log_expected = math.log(len(negatives) / encoder.num_items)
             positive, negative = encoder.item_vectors(targets), encoder.item_vectors(negatives)
+            if self.config.loss == "gbce":
+                calibration = self.config.gbce_calibration
+                return gbce_loss(states, positive, negative, targets, negatives, encoder.num_items, calibration)
+            assert log_expected is not None
             return sampled_softmax_loss(states, positive, negative, targets, negatives, log_expected, dtype=dtype)
         first, stop = encoder.items.first, encoder.items.stop
-        if negatives is None:
+        if negatives is None or log_expected is None:
             return sharded_softmax_loss(states, encoder.item_vectors(), targets, first=first, parallel=self.parallel, dtype=dtype)
-        mine = negatives[(negatives >= first) & (negatives < stop)]
+        mine = (negatives >= first) & (negatives < stop)
         return sharded_sampled_loss(
             states,
             targets,
-            mine,
-            math.log(len(negatives) / encoder.num_items),
+            negatives[mine],
+            log_expected[mine],
             vectors_of=encoder.item_vectors,
             first=first,
             stop=stop,
@@ -186,6 +209,9 @@ class EncoderTraining:
         source: the part to learn from, nothing else.
         config: see `EncoderTrainConfig`.
         seed: of order, windows, negatives and dropout.
+        item_counts: (N,) training events by item, where negatives are drawn by them.
+        teacher: a trained encoder over the same items, in evaluation mode; with the full softmax over a whole table.
+        teacher_share: weight of its distribution in the loss, in [0, 1]; the rest is the next item.
         parallel: this rank among those that train together.
         device: where the encoder runs.
         deadline: `time.time()` by which to end; the learning rate falls over the epochs that fit (at least one is run),
@@ -203,6 +229,9 @@ class EncoderTraining:
         config: EncoderTrainConfig,
         *,
         seed: int,
+        item_counts: np.ndarray | None = None,
+        teacher: InterestEncoder | None = None,
+        teacher_share: float = 0.0,
         parallel: Parallel | None = None,
         device: torch.device | str = "cpu",
         deadline: float | None = None,
@@ -214,13 +243,16 @@ class EncoderTraining:
         self.encoder, self.source, self.config, self.seed = encoder.to(device), source, config, seed
         self.parallel, self.device, self.deadline = parallel or Parallel(), device, deadline
         self.validate, self.on_epoch, self.on_checkpoint, self.on_step = validate, on_epoch, on_checkpoint, on_step
+        if config.negatives != "uniform" and item_counts is None:
+            raise ValueError(f"expected item_counts with negatives {config.negatives}, got none")
+        self.negatives = Negatives(config.negatives, np.zeros(encoder.num_items) if item_counts is None else item_counts)
         table = encoder.items
         self.table: nn.Parameter = table.weight
-        table.sparse = config.table_optimizer != "adamw" and config.loss == "sampled"
+        table.sparse = config.table_optimizer != "adamw" and config.loss != "softmax"
         if config.compile:
             for block in encoder.blocks:
                 block.compile(dynamic=True)
-        self.module = self.parallel.wrap(_Trainee(encoder, config, self.parallel), self.table)
+        self.module = self.parallel.wrap(_Trainee(encoder, config, self.parallel, teacher, teacher_share), self.table)
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in encoder.named_parameters() if parameter is not self.table}
         self.optimizer = dense_optimizer(self.module, self.table, lr=config.lr, weight_decay=config.weight_decay)
         table_lr = config.lr if config.table_lr is None else config.table_lr
@@ -292,11 +324,12 @@ class EncoderTraining:
         """One optimizer step on one global batch; this rank's summed loss before it."""
         config, encoder = self.config, self.encoder
         torch.manual_seed(int(np.random.SeedSequence([*where, self.parallel.rank]).generate_state(1)[0]))  # dropout differs by rank
-        negatives = None
-        if config.loss == "sampled":
+        negatives, log_expected = None, None
+        if config.loss != "softmax":
             # The same on every rank.
-            drawn = np.random.default_rng(where).integers(0, encoder.num_items, config.num_negatives)
+            drawn = self.negatives.draw(config.num_negatives, np.random.default_rng(where))
             negatives = torch.from_numpy(drawn).to(self.device)
+            log_expected = torch.from_numpy(self.negatives.log_expected(drawn, len(drawn))).to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         self.table_optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -305,7 +338,7 @@ class EncoderTraining:
         parts = pool.batch(index, encoder.num_items, config.accumulate)
         for part, batch in enumerate(parts):
             with self.parallel.accumulating(self.module, last=part == len(parts) - 1):
-                loss = self.module(*self._tensors(batch), negatives)
+                loss = self.module(*self._tensors(batch), negatives, log_expected)
                 (loss * scale).backward()
             total += loss.detach()
         norm = self.parallel.clip(self.names, self.table, config.clip_norm)
@@ -321,7 +354,8 @@ class EncoderTraining:
         return total
 
     def _tensors(self, batch: Batch) -> list[Tensor]:
-        return [torch.from_numpy(array).to(self.device, non_blocking=True) for array in (batch.items, batch.events, batch.targets)]
+        arrays = (batch.items, batch.events, batch.gaps, batch.targets)
+        return [torch.from_numpy(array).to(self.device, non_blocking=True) for array in arrays]
 
     def _validated(self, epoch: int) -> float:
         assert self.validate is not None

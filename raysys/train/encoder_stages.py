@@ -78,6 +78,7 @@ class EncoderStages:
             source,
             schedule or self.settings.encoder,
             seed=self.settings.seed,
+            item_counts=worker.evidence.item_counts,
             parallel=worker.parallel,
             device=worker.device,
             deadline=deadline,

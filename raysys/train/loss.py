@@ -76,6 +76,76 @@ def full_softmax_loss(
     return _FullSoftmax.apply(states_PD, vectors_ND, targets_P, seen, chunk or chunk_of(len(vectors_ND), states_PD.device), dtype)
 
 
+class _DistilledSoftmax(torch.autograd.Function):
+    """As `_FullSoftmax`, towards a mixture of the target and a teacher's distribution."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        states_PD: Tensor,
+        vectors_ND: Tensor,
+        targets_P: Tensor,
+        teacher_PD: Tensor,
+        teacher_ND: Tensor,
+        share: float,
+        seen: Callable | None,
+        chunk: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        vectors, states, told, taught = (tensor.to(dtype) for tensor in (vectors_ND, states_PD, teacher_ND, teacher_PD))
+        grad_states, grad_vectors = torch.empty_like(states_PD), torch.zeros_like(vectors_ND)
+        total = states_PD.new_zeros(())
+        for start in range(0, len(states_PD), chunk):
+            rows = slice(start, start + chunk)
+            logits, wanted = states[rows] @ vectors.T, taught[rows] @ told.T
+            if seen is not None:
+                hidden, target = seen(rows), targets_P[rows, None]
+                for scores in (logits, wanted):
+                    kept = scores.gather(1, target)
+                    scores.scatter_(1, hidden, float("-inf")).scatter_(1, target, kept)
+            log_probs = torch.log_softmax(logits.float(), dim=1)
+            goal = torch.softmax(wanted.float(), dim=1).mul_(share)
+            goal.scatter_add_(1, targets_P[rows, None], goal.new_full((len(goal), 1), 1.0 - share))
+            total -= (goal * log_probs.clamp_min(-100.0)).sum()  # a left-out item has no goal and a log-probability of -inf
+            missing = log_probs.exp_().sub_(goal).to(dtype)
+            grad_states[rows] = (missing @ vectors).float()
+            grad_vectors += (missing.T @ states[rows]).float()
+        ctx.save_for_backward(grad_states, grad_vectors)
+        return total
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
+        grad_states, grad_vectors = ctx.saved_tensors
+        return grad_states * grad_output, grad_vectors * grad_output, *[None] * 7
+
+
+def distilled_softmax_loss(
+    states_PD: Tensor,
+    vectors_ND: Tensor,
+    targets_P: Tensor,
+    *,
+    teacher_states_PD: Tensor,
+    teacher_vectors_ND: Tensor,
+    share: float,
+    seen: Callable[[slice], Tensor] | None = None,
+    chunk: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Summed cross-entropy to `share` of a teacher's distribution and the rest of the target, in nats.
+
+    Args:
+        states_PD: (P, D) float32. vectors_ND: (N, D) float32. targets_P: (P,) int64.
+        teacher_states_PD: (P, E) float32 of the same positions, without gradient. teacher_vectors_ND: (N, E) float32.
+        share: in [0, 1]; 0 is `full_softmax_loss`.
+        seen: as for `full_softmax_loss`; hidden from both.
+        chunk: likewise.
+        dtype: of the products.
+    """
+    chunk = chunk or chunk_of(len(vectors_ND), states_PD.device)
+    return _DistilledSoftmax.apply(states_PD, vectors_ND, targets_P, teacher_states_PD, teacher_vectors_ND, share, seen, chunk, dtype)
+
+
 def chunk_of(columns: int, device: torch.device) -> int:
     """Positions a block of a full softmax over so many columns.
 
@@ -157,6 +227,29 @@ def sampled_softmax_loss(
     """
     expected = torch.as_tensor(log_expected, dtype=torch.float32, device=states_PD.device)
     return _SampledSoftmax.apply(states_PD, positive_PD, negative_SD, targets_P, negatives_S, expected, dtype)
+
+
+def gbce_loss(
+    states_PD: Tensor, positive_PD: Tensor, negative_SD: Tensor, targets_P: Tensor, negatives_S: Tensor, num_items: int, calibration: float
+) -> Tensor:
+    """Summed generalised binary cross-entropy over the target and shared uniform negatives, in nats.
+
+    The positive probability is raised to a power beta that undoes the overconfidence of sampling few negatives.
+
+    Args:
+        states_PD: (P, D) float32. positive_PD: (P, D) float32 vectors of the targets. negative_SD: (S, D) float32.
+        targets_P: (P,) int64. negatives_S: (S,) int64; a position's own target is removed from its negatives.
+        num_items: N.
+        calibration: t in [0, 1]; 0 is plain binary cross-entropy, 1 fully calibrated.
+
+    Source:
+        Petrov & Macdonald, "gSASRec: Reducing Overconfidence in Sequential Recommendation Trained with Negative Sampling", RecSys 2023.
+    """
+    rate = min(1.0, len(negatives_S) / max(1, num_items - 1))
+    beta = rate * (calibration * (1.0 - 1.0 / rate) + 1.0 / rate)
+    positive = -torch.nn.functional.logsigmoid((states_PD * positive_PD).sum(dim=1)) * beta
+    negative = torch.nn.functional.softplus(negative_logits(states_PD, negative_SD, targets_P, negatives_S, 0.0))
+    return positive.sum() + negative.sum()
 
 
 def negative_logits(states_PD: Tensor, negative_SD: Tensor, targets_P: Tensor, negatives_S: Tensor, log_expected: Tensor | float) -> Tensor:

@@ -51,7 +51,7 @@ def sharded_sampled_loss(
     states: Tensor,
     targets: Tensor,
     negatives_S: Tensor,
-    log_expected: float,
+    log_expected: Tensor | float,
     *,
     vectors_of: Callable[[Tensor], Tensor],
     first: int,
@@ -64,7 +64,7 @@ def sharded_sampled_loss(
         states: (p, D) float32 of this rank's positions.
         targets: (p,) int64.
         negatives_S: (S,) int64 those of the shared draw that lie in [first, stop).
-        log_expected: log of how often a negative is expected in the whole draw.
+        log_expected: scalar or (S,) log of how often a negative is expected in the whole draw.
         vectors_of: (n,) int64 local rows to (n, D) float32 vectors.
         first: item of this rank's first row.
         stop: item after its last row.

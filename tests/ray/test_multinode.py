@@ -26,7 +26,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from raysys import config, storage
+from raysys import storage
 from raysys.adapters import import_dataset
 from raysys.batch.config import BatchConfig
 from raysys.batch.run import PartWriter, part_table, run_batch
@@ -43,6 +43,7 @@ from raysys.train.config import load_train_config
 from raysys.train.run import train
 from raysys.tune.run import tune
 from tests import planted
+from tests.service import apart_config
 from tests.traffic import Traffic
 
 SETTINGS = [
@@ -250,9 +251,9 @@ def serving(nodes: Nodes, registry: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    values = config.read_yaml(str(ROOT / "serve_config.yaml"))
+    values = apart_config()  # so that other nodes score
     values["http_options"]["port"] = port
-    values["applications"][0]["args"] = {"registry": registry, **{name: str(nodes.folder / "head" / name) for name in ("events", "state")}}
+    values["applications"][0]["args"] |= {"registry": registry, **{name: str(nodes.folder / "head" / name) for name in ("events", "state")}}
     path, log = nodes.folder / "serve_config.json", nodes.folder / "serve.log"
     path.write_text(json.dumps(values))
     process = subprocess.Popen(

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from raysys import config
 from raysys.registry import Registry
 from raysys.serve.launch import running_service
 from tests import planted
 from tests.planted import cluster_of
-from tests.ray.test_serve import call, free_port, gcs_address, replica_pids
+from tests.ray.test_serve import gcs_address
+from tests.service import apart_config, call, free_port, replica_pids
 from tests.shifted_clock import ShiftedClock
 from tests.traffic import Traffic
 
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.slow
 
 def two_ingresses(folder: Path, **args) -> str:
     """serve_config.yaml with two ingress replicas, so that one is there while the other is not."""
-    values = config.read_yaml(str(ROOT / "serve_config.yaml"))
-    values["applications"][0]["args"] = args
+    values = apart_config()  # stages that can die alone
+    values["applications"][0]["args"] |= args
     values["applications"][0]["deployments"][0]["autoscaling_config"] |= {"min_replicas": 2}
     path = folder / f"two-{len(list(folder.glob('two-*')))}.json"
     path.write_text(json.dumps(values))

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from ray.serve.schema import ServeDeploySchema
 
 from raysys.cli import build_parser
-from raysys.serve import deployments
+from raysys.serve import deployments, models
 from raysys.serve.app import AppArgs
 from raysys.serve.keys import FILE_VARIABLE
 from raysys.serve.settings import FAST_SETTINGS
@@ -62,8 +62,9 @@ def test_serve_takes_the_config(name):
     assert unknown_keys(config, parsed) == []
     (application,) = config["applications"]
     assert application["import_path"] == "raysys.serve.app:build"
-    AppArgs(**(application["args"] or {}))
-    assert [deployment["name"] for deployment in application["deployments"]] == list(NAMES)
+    args = AppArgs(**(application["args"] or {}))
+    wanted = [name for name in NAMES if args.placement == "apart" or name not in ("Retrieval", "Ranking")]
+    assert [deployment["name"] for deployment in application["deployments"]] == wanted
     assert all(hasattr(deployments, deployment["name"]) for deployment in application["deployments"])
 
 
@@ -99,11 +100,11 @@ def test_cuda_without_a_gpu_is_an_error_that_says_what_to_do():
     from raysys.errors import ConfigError
 
     if torch.cuda.is_available():
-        assert deployments.device_of("auto") == deployments.device_of("cuda") == "cuda"
+        assert models.device_of("auto") == models.device_of("cuda") == "cuda"
         return
-    assert deployments.device_of("auto") == deployments.device_of("cpu") == "cpu"
+    assert models.device_of("auto") == models.device_of("cpu") == "cpu"
     with pytest.raises(ConfigError, match="num_gpus"):
-        deployments.device_of("cuda")
+        models.device_of("cuda")
 
 
 def test_launcher_config_against_the_schema_that_ray_installs():

@@ -53,7 +53,7 @@ def _weights(encoder):
 
 def _train(training=TRAINING, *, shape=SHAPE, seed=0, **kwargs):
     encoder = _encoder(shape)
-    return encoder, train_encoder(encoder, InMemory(_ring()), training, seed=seed, **kwargs)
+    return encoder, train_encoder(encoder, InMemory(_ring()), training, seed=seed, item_counts=np.ones(N), **kwargs)
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=20), st.integers(1, 9), st.integers(0, 5))
@@ -104,9 +104,11 @@ def test_targets_are_the_next_items_and_ranks_share_every_batch(accumulate):
         (TRAINING, SHAPE),
         (dataclasses.replace(TRAINING, loss="sampled", num_negatives=64), SHAPE),
         (dataclasses.replace(TRAINING, ema=0.9), dataclasses.replace(SHAPE, temperature=0.1)),
-        (TRAINING, dataclasses.replace(SHAPE, gated=True, positions="rotary", exclude_seen=True)),
+        (TRAINING, dataclasses.replace(SHAPE, gated=True, positions="rotary", exclude_seen=True, time_gaps=True)),
+        (dataclasses.replace(TRAINING, loss="sampled", num_negatives=64, negatives="mixed"), SHAPE),
+        (dataclasses.replace(TRAINING, loss="gbce", num_negatives=8, epochs=20, lr=3e-2), SHAPE),
     ],
-    ids=["softmax", "sampled", "average-and-cosine", "unseen-gated-rotary"],
+    ids=["softmax", "sampled", "average-and-cosine", "unseen-gated-rotary-gaps", "mixed-negatives", "gbce"],
 )
 def test_learns_which_item_follows(training, shape):
     encoder, result = _train(training, shape=shape)

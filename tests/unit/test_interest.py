@@ -6,13 +6,13 @@ import torch
 
 from raysys.models.base import Retriever
 from raysys.models.interest import NO_EVIDENCE, InterestConfig, InterestEncoder, InterestRetriever
-from raysys.queries import Queries
+from raysys.queries import GAP_CODES, Queries, gap_codes
 
 N = 30
 SHAPES = [
     InterestConfig(dim=16, max_length=8, temperature=0.0),
     InterestConfig(dim=16, max_length=8, num_layers=1, num_heads=1, temperature=0.1),
-    InterestConfig(dim=16, max_length=8, temperature=0.1, gated=True, positions="rotary", exclude_seen=True),
+    InterestConfig(dim=16, max_length=8, temperature=0.1, gated=True, positions="rotary", exclude_seen=True, time_gaps=True),
 ]
 
 
@@ -42,7 +42,8 @@ def test_later_events_do_not_change_earlier_states(config):
     changed = items.clone()
     changed[:, 5:] = (changed[:, 5:] + 1) % N
     events = torch.ones_like(items)
-    before, after = encoder(items, events), encoder(changed, events)
+    gaps = torch.randint(0, 20, (2, 8))
+    before, after = encoder(items, events, gaps), encoder(changed, events, gaps)
     torch.testing.assert_close(before[:, :5], after[:, :5])
     assert (before[:, 5:] - after[:, 5:]).abs().max() > 1e-3
 
@@ -54,6 +55,35 @@ def test_batch_equals_single(config):
     assert together.shape == (6, N) and together.dtype == np.float32 and np.isfinite(together).all()
     for row, history in enumerate(_histories()):
         np.testing.assert_allclose(retriever.scores(Queries.from_lists([history]))[0], together[row], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_the_last_state_alone_equals_that_of_all_positions(config):
+    encoder, lengths = _encoder(config), torch.tensor([3, 8, 1])
+    items = torch.randint(0, N, (3, 8))
+    for row, length in enumerate(lengths):
+        items[row, length:] = N
+    events = torch.ones_like(items)
+    gaps = torch.randint(0, 20, (3, 8))
+    every = encoder(items, events, gaps)[torch.arange(3), lengths - 1]
+    torch.testing.assert_close(encoder.last_states(items, events, gaps, lengths), every)
+
+
+def test_a_remembered_history_is_not_encoded_again():
+    plain, retriever = _retriever(), _retriever()
+    retriever.remember(3)
+    memory = retriever._remembered
+    for histories in (_histories(), _histories()[:3], [[*_histories()[0], 5]]):
+        queries = Queries.from_lists(histories)
+        np.testing.assert_allclose(retriever.user_vectors(queries), plain.user_vectors(queries), atol=1e-5)
+        assert len(memory._vectors) <= 3
+    assert memory.misses == 6 + 3 + 1 and memory.hits == 0  # the last three of six had pushed the first three out
+    again = Queries.from_lists([_histories()[1], _histories()[2], [1], [*_histories()[0], 5]])
+    retriever.user_vectors(again)
+    assert (memory.hits, memory.misses) == (3, 11)
+    other_event = Queries.from_lists([_histories()[2]], events=[[1] * 8])
+    retriever.user_vectors(other_event)
+    assert memory.misses == 12
 
 
 def test_only_the_last_events_count():
@@ -99,6 +129,23 @@ def test_event_types_matter_only_where_there_are_several():
     single, several = _retriever(), _retriever(num_event_types=3)
     np.testing.assert_array_equal(single.scores(queries[0]), single.scores(queries[1]))
     assert np.abs(several.scores(queries[0]) - several.scores(queries[1])).max() > 1e-3
+
+
+def test_pauses_matter_only_where_they_are_learnt():
+    histories = [[1, 2, 3]]
+    fast, slow = (Queries.from_lists(histories, times=[[0, step, 2 * step]]) for step in (5, 86400))
+    for config, differ in zip(SHAPES, (False, False, True), strict=True):
+        retriever = _retriever(config=config)
+        assert (np.abs(retriever.user_vectors(fast) - retriever.user_vectors(slow)).max() > 1e-3) == differ
+    later = Queries.from_lists(histories, times=[[100, 105, 110]])  # what counts is the pause, not the date
+    np.testing.assert_array_equal(retriever.user_vectors(fast), retriever.user_vectors(later))
+
+
+def test_codes_of_pauses_by_hand():
+    times = np.array([7, 7, 8, 11, 5, 5 + 86400, 2, 1 << 60])
+    codes = gap_codes(times, np.array([0, 4, 4, 6, 8]))
+    assert codes.tolist() == [0, 1, 2, 3, 0, 17, 0, GAP_CODES - 1]
+    assert gap_codes(np.zeros(0, np.int64), np.array([0, 0])).tolist() == []
 
 
 @pytest.mark.parametrize("config", SHAPES)

@@ -1,0 +1,248 @@
+"""Latency and throughput of `POST /v1/recommend` beside no-op apps and peers, all in one run.
+
+    raysys bench serving/load --bundle BUNDLE --prepared PREPARED --out runs/serving [--sides raysys noop-1] [--rounds 1]
+
+Sides: raysys as shipped; `forgetful` without remembered histories (every request encodes); `apart` with retrieval and ranking in
+deployments of their own; `default` with Serve's default settings; `uvicorn`, the same code in one process without Ray; and no-op apps
+with 0, 1 and 2 hops. Users with 50 to 200 events rotate; n = 20, 200 candidates ranked. Clients: one connection of http.client, which
+also checks each answer, then wrk with 8 and with 32. Needs `wrk` (Debian: apt-get install wrk). Load generator and service share the
+machine.
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from raysys import config, storage
+from raysys.prepare.dataset import Prepared
+from raysys.registry import Registry
+from raysys.serve.launch import running_service
+
+ROOT = Path(__file__).parents[2]
+PORT = 8077
+N = 20
+SIDES = ("raysys", "forgetful", "apart", "default", "uvicorn", "noop-0", "noop-1", "noop-2")
+LUA = """
+local bodies = {%s}
+local at = 0
+request = function()
+  at = at %% #bodies + 1
+  return wrk.format("POST", "/v1/recommend", {["Content-Type"] = "application/json"}, bodies[at])
+end
+"""
+APART = [
+    {"name": name, "max_ongoing_requests": 100, "ray_actor_options": {"num_cpus": cpus}}
+    for name, cpus in (("Retrieval", 0.5), ("Ranking", 0.3))
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", required=True)
+    parser.add_argument("--prepared", required=True, help="the prepared set, for user ids")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--rounds", type=int, default=1, help="each round starts every side anew; medians are reported")
+    parser.add_argument("--single", type=int, default=1000, help="requests at one client")
+    parser.add_argument("--seconds", type=int, default=15, help="of each load by wrk")
+    parser.add_argument("--min-events", type=int, default=50, help="shortest history of the users asked for")
+    parser.add_argument("--max-events", type=int, default=200, help="longest")
+    parser.add_argument("--out", default=None, help="folder of load.json")
+    arguments = parser.parse_args()
+    if shutil.which("wrk") is None:
+        raise SystemExit("expected wrk on the PATH; on Debian and Ubuntu: apt-get install wrk")
+    bodies = [json.dumps({"user_id": user, "n": N}) for user in users(arguments)]
+    found: dict[str, list[dict]] = {side: [] for side in arguments.sides}
+    with tempfile.TemporaryDirectory() as folder:
+        Registry(f"{folder}/registry").publish(arguments.bundle)
+        for _ in range(arguments.rounds):
+            for side in arguments.sides:
+                with running(side, folder):
+                    found[side].append(measure(bodies, arguments, is_noop=side.startswith("noop")))
+                print(side, {name: round(value, 2) for name, value in found[side][-1].items()}, flush=True)
+    rows = [
+        {"series": side} | {name: statistics.median(run[name] for run in runs) for name in runs[0]} for side, runs in found.items() if runs
+    ]
+    print(f"\n{'':<12}{'p50 c=1':>10}{'p99 c=1':>10}{'p50 c=8':>10}{'p99 c=8':>10}{'req/s c=32':>12}{'p99 c=32':>10}{'errors':>8}")
+    for row in rows:
+        print(
+            f"{row['series']:<12}{row['p50_ms']:>8.2f}ms{row['p99_ms']:>8.2f}ms{row['c8_p50_ms']:>8.1f}ms{row['c8_p99_ms']:>8.1f}ms"
+            f"{row['rps']:>12.0f}{row['c32_p99_ms']:>8.1f}ms{row['errors']:>8.0f}"
+        )
+    result = {
+        "name": "load",
+        "rows": rows,
+        "bars": bars({row["series"]: row for row in rows}),
+        "figures": {},
+        "about": about(arguments, bodies),
+    }
+    for bar in result["bars"]:
+        print(f"{'met' if bar['met'] else 'missed'}  {bar['what']}: {bar['measured']:.2f} ({bar['bar']})")
+    if arguments.out:
+        storage.write_json(storage.join(arguments.out, "load.json"), result)
+
+
+def bars(rows: dict[str, dict]) -> list[dict]:
+    """What the service promises, as ratios inside this run; only for sides that ran."""
+    ours, floor, default = rows.get("raysys"), rows.get("noop-1"), rows.get("default")
+    found = []
+    if ours and floor:
+        found.append(("p50 at c=1 against the no-op with one hop", "<= 2.5", ours["p50_ms"] / floor["p50_ms"], 2.5, False))
+        found.append(("throughput at c=32 against it", ">= 0.5", ours["rps"] / floor["rps"], 0.5, True))
+    if ours and default:
+        found.append(("throughput against default Serve settings", ">= 2", ours["rps"] / default["rps"], 2.0, True))
+    if ours:
+        found.append(("p99 at c=8 against its p50", "<= 6", ours["c8_p99_ms"] / ours["c8_p50_ms"], 6.0, False))
+        found.append(("errors and degraded answers", "0", ours["errors"] + ours["degraded"], 0.0, False))
+    return [
+        {"what": what, "bar": wanted, "measured": value, "met": value >= bound if least else value <= bound}
+        for what, wanted, value, bound, least in found
+    ]
+
+
+def about(arguments: argparse.Namespace, bodies: list[str]) -> dict:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    given = {"bundle": arguments.bundle, "users": len(bodies), "rounds": arguments.rounds}
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit, **given}
+
+
+def users(arguments: argparse.Namespace) -> list[str]:
+    """Ids of at most 500 users whose histories have the wanted length."""
+    prepared = Prepared.open(arguments.prepared)
+    ids, sequences = prepared.users()["user_id"].to_pylist(), prepared.sequences()
+    lengths = np.diff(sequences.indptr)
+    wanted = (lengths >= arguments.min_events) & (lengths <= arguments.max_events)
+    chosen = [ids[row] for row in sequences.user_idx[wanted]]
+    if not chosen:
+        raise SystemExit(f"expected users with {arguments.min_events} to {arguments.max_events} events in {arguments.prepared}, found none")
+    return chosen[:500]
+
+
+@contextlib.contextmanager
+def running(side: str, folder: str) -> Iterator[None]:
+    """One side's service, alone on the machine while the block runs."""
+    places = {"registry": f"{folder}/registry", **{name: f"{folder}/{side}-{name}" for name in ("events", "state")}}
+    for name in ("events", "state"):
+        storage.remove(places[name])
+    if side == "uvicorn":
+        with uvicorn_service(places):
+            yield
+        return
+    path = Path(folder) / f"{side}.yaml"
+    path.write_text(yaml.safe_dump(noop_config(int(side[-1])) if side.startswith("noop") else raysys_config(side)))
+    known = {} if side.startswith("noop") else places
+    with running_service(**known, config_path=str(path), port=PORT, fast=side != "default", require_model=bool(known)):
+        yield
+
+
+def raysys_config(side: str) -> dict:
+    values = config.read_yaml(str(ROOT / "serve_config.yaml"))
+    application = values["applications"][0]
+    application["args"] = {"apart": {"placement": "apart"}, "forgetful": {"cached_histories": 0}}.get(side, {})
+    if side == "apart":
+        application["deployments"] += APART
+    return values
+
+
+def noop_config(hops: int) -> dict:
+    application = {"name": "noop", "route_prefix": "/", "import_path": "benchmarks.serving._noop_app:build", "args": {"hops": hops}}
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": PORT},
+        "logging_config": {"enable_access_log": False},
+        "applications": [application],
+    }
+
+
+@contextlib.contextmanager
+def uvicorn_service(places: dict[str, str]) -> Iterator[None]:
+    command = [sys.executable, str(Path(__file__).with_name("_uvicorn_app.py")), *places.values(), str(PORT)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
+    try:
+        while True:
+            with contextlib.suppress(OSError):
+                get("/health/ready")
+                break
+            if process.poll() is not None:
+                raise SystemExit(f"the uvicorn peer ended with status {process.returncode}")
+            time.sleep(0.2)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def measure(bodies: list[str], arguments: argparse.Namespace, *, is_noop: bool) -> dict[str, float]:
+    single(bodies, 200, is_noop)  # warm
+    times, degraded = single(bodies, arguments.single, is_noop)
+    figures = {"p50_ms": statistics.median(times), "p99_ms": float(np.quantile(times, 0.99)), "degraded": float(degraded)}
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write(LUA % ",".join(f"[==[{body}]==]" for body in bodies))
+        script.flush()
+        load(script.name, 3, 8)  # warm
+        eight, many = load(script.name, arguments.seconds, 8), load(script.name, arguments.seconds, 32)
+    if not is_noop:
+        counts = json.loads(get("/v1/models"))["counts"]
+        figures["degraded"] += sum(value for name, value in counts.items() if name.startswith("degraded_"))
+    figures |= {"c8_p50_ms": eight["p50_ms"], "c8_p99_ms": eight["p99_ms"], "c8_rps": eight["rps"]}
+    figures |= {"rps": many["rps"], "c32_p50_ms": many["p50_ms"], "c32_p99_ms": many["p99_ms"]}
+    return figures | {"requests": len(times) + eight["requests"] + many["requests"], "errors": eight["errors"] + many["errors"]}
+
+
+def single(bodies: list[str], count: int, is_noop: bool) -> tuple[list[float], int]:
+    """Milliseconds of each request, one after the other on one connection, and how many answers were degraded."""
+    connection, times, degraded = http.client.HTTPConnection("127.0.0.1", PORT), [], 0
+    for at in range(count):
+        started = time.perf_counter()
+        connection.request("POST", "/v1/recommend", bodies[at % len(bodies)], {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = response.read()
+        times.append((time.perf_counter() - started) * 1000)
+        if response.status != 200:
+            raise SystemExit(f"HTTP {response.status} at one client: {answer[:200]!r}")
+        if not is_noop:
+            told = json.loads(answer)
+            degraded += told["degraded"] or told["strategy"] != "personalized" or len(told["items"]) != N
+    return times, degraded
+
+
+def load(script: str, seconds: int, connections: int) -> dict[str, float]:
+    """wrk with so many connections on one thread."""
+    url = f"http://127.0.0.1:{PORT}"
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "10s", "-s", script, url]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    errors = sum(int(number) for number in re.findall(r"(?:connect|read|write|timeout) (\d+)", text))
+    errors += sum(int(number) for number in re.findall(r"Non-2xx or 3xx responses: (\d+)", text))
+    quantile = {name: _ms(value) for name, value in re.findall(r"(50|99)%\s+([\d.]+\w+)", text)}
+    requests = int(re.search(r"(\d+) requests in", text)[1])
+    rps = float(re.search(r"Requests/sec:\s+([\d.]+)", text)[1])
+    return {"rps": rps, "p50_ms": quantile["50"], "p99_ms": quantile["99"], "requests": requests, "errors": errors}
+
+
+def _ms(text: str) -> float:
+    number, unit = re.match(r"([\d.]+)(us|ms|s)", text).groups()
+    return float(number) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[unit]
+
+
+def get(path: str) -> bytes:
+    connection = http.client.HTTPConnection("127.0.0.1", PORT)
+    connection.request("GET", path)
+    return connection.getresponse().read()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Settings of compression."""
+
+from dataclasses import dataclass, field
+
+STEPS = ("unused", "distil", "prune", "quantize")
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """What may be tried, and how much it may cost."""
+
+    steps: list[str] = field(default_factory=lambda: list(STEPS))
+    """Tried in this order, each on what the ones before left: `unused` drops sources that no answer looks at, `distil` teaches an encoder
+    of fewer layers, `prune` shortens the rows of sparse sources, `quantize` writes int8."""
+    max_loss: float = 0.01
+    """NDCG@10 that all steps together may lose on the validation part, relative; a step that would exceed it is left out."""
+    max_queries: int = 4000
+    """Validation events that judge, sampled when there are more."""
+    student_layers: float = 0.5
+    """Layers of the student, as a share of the teacher's, rounded up."""
+    distil_epochs: int = 4
+    """Passes over the training part at most."""
+    distil_lr: float = 1e-3
+    """Peak learning rate of the student, which starts as the teacher's lower layers."""
+    distil_share: float = 0.7
+    """Weight of the teacher's distribution in what the student learns; the rest is the event that came."""
+    neighbours: list[int] = field(default_factory=lambda: [32, 64, 128, 256])
+    """Entries a row of the sparse sources that pruning tries, the fewest first."""
+    seed: int = 0
+    """Of samples and of the student's training."""
+
+    def __post_init__(self) -> None:
+        unknown = [step for step in self.steps if step not in STEPS]
+        if unknown or not self.steps:
+            raise ValueError(f"expected steps out of {', '.join(STEPS)}, got {', '.join(unknown) or 'none'}")
+        for name in ("max_loss", "student_layers", "distil_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"expected {name} in [0, 1], got {getattr(self, name)}")
+        if self.max_queries < 1 or self.distil_epochs < 1 or any(number < 1 for number in self.neighbours):
+            raise ValueError("expected max_queries, distil_epochs and neighbours of at least 1")

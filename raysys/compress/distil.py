@@ -1,0 +1,60 @@
+"""A smaller encoder that learns from a larger one: its lower layers, taught the whole encoder's distributions.
+
+Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; starting from the teacher's own layers as in
+Sanh et al., "DistilBERT", 2019.
+"""
+
+import dataclasses
+import math
+
+import torch
+
+from raysys.bundle import Bundle
+from raysys.compress.config import CompressConfig
+from raysys.models.interest import InterestEncoder, InterestRetriever
+from raysys.prepare.dataset import Prepared
+from raysys.train.batches import InMemory
+from raysys.train.config import TrainConfig, with_data_defaults
+from raysys.train.encoder import EncoderTrainConfig, train_encoder
+from raysys.train.evidence import Evidence
+from raysys.train.validation import validation
+
+
+def distilled(bundle: Bundle, prepared: Prepared, settings: CompressConfig, say=print) -> Bundle | None:
+    """The bundle with a student in place of its encoder; None where there is nothing to take away.
+
+    Args:
+        bundle: with an interest encoder.
+        prepared: what the bundle was trained on; its training part teaches, its validation part ends the training.
+        settings: see `CompressConfig`.
+        say: told each epoch.
+    """
+    retriever = bundle.models.get("interest")
+    if retriever is None:
+        return None
+    teacher = retriever.encoder
+    layers = max(1, math.ceil(settings.student_layers * teacher.config.num_layers))
+    if layers >= teacher.config.num_layers:
+        return None
+    torch.manual_seed(settings.seed)
+    student = InterestEncoder(teacher.num_items, teacher.num_event_types, dataclasses.replace(teacher.config, num_layers=layers))
+    mine = student.state_dict()
+    student.load_state_dict({name: tensor for name, tensor in teacher.state_dict().items() if name in mine})
+    evidence = Evidence(prepared, TrainConfig(seed=settings.seed), None)
+    lengths, num_items, repeats = evidence.statistics
+    batch_size = with_data_defaults(TrainConfig(), frozenset(), lengths, num_items, repeats).encoder.batch_size
+    schedule = EncoderTrainConfig(
+        epochs=settings.distil_epochs, batch_size=batch_size, lr=settings.distil_lr, validate_every=1, warmup_steps=50
+    )
+    train_encoder(
+        student,
+        InMemory(evidence.piece(0).of("refit")),
+        schedule,
+        seed=settings.seed,
+        validate=validation(evidence),
+        teacher=teacher,
+        teacher_share=settings.distil_share,
+        on_epoch=lambda entry: say(f"student: epoch {entry['epoch']}, ndcg@10 {entry['validation']:.4f}, {entry['seconds']:.0f} s"),
+    )
+    models = {**bundle.models, "interest": InterestRetriever(student, retriever.warm)}
+    return Bundle(bundle.items, models, bundle.fusion, bundle.histories, bundle.manifest)

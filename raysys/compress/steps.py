@@ -1,0 +1,52 @@
+"""What can be taken away from a bundle without training: sources, entries, bits. Each gives a new bundle in memory."""
+
+import numpy as np
+
+from raysys.bundle import Bundle, load_model
+from raysys.models.base import Arrays
+from raysys.packing import packed, unpacked
+
+ALWAYS = ("popularity", "content", "ranker")
+"""Kept whatever their weight: popularity answers to strangers, content places new items, the ranker gives probabilities."""
+SPARSE = {"linear": "coefficients", "covisit": "counts"}
+"""Sources that are a sparse matrix -> the name of its values."""
+
+
+def without_unused(bundle: Bundle) -> Bundle:
+    """Without the sources that have no weight and that the ranker does not look at."""
+    mixture = bundle.fusion["mixture"]
+    looked_at = {*bundle.fusion.get("ranker_sources", ()), *ALWAYS}
+    kept = {name: model for name, model in bundle.models.items() if name in looked_at or mixture["weights"].get(name, 0.0) > 0}
+    parts = {part: {name: value for name, value in mixture[part].items() if name in kept} for part in ("weights", "temperatures")}
+    return Bundle(bundle.items, kept, {**bundle.fusion, "mixture": {**mixture, **parts}}, bundle.histories, bundle.manifest)
+
+
+def pruned(bundle: Bundle, most: int) -> Bundle:
+    """With at most so many entries, the largest ones, in each row of the sparse sources."""
+    models = dict(bundle.models)
+    for name, values in SPARSE.items():
+        if name in models:
+            arrays, meta = models[name].to_arrays()
+            models[name] = load_model(name, _largest_entries(arrays, values, most), meta)
+    return Bundle(bundle.items, models, bundle.fusion, bundle.histories, bundle.manifest)
+
+
+def quantized(bundle: Bundle) -> Bundle:
+    """With the rounding that packed arrays have when they are read again."""
+    models = {}
+    for name, model in bundle.models.items():
+        arrays, meta = model.to_arrays()
+        models[name] = load_model(name, unpacked(*packed(arrays)), meta)
+    return Bundle(bundle.items, models, bundle.fusion, bundle.histories, bundle.manifest)
+
+
+def _largest_entries(arrays: Arrays, values: str, most: int) -> Arrays:
+    lengths = np.diff(arrays["indptr"])
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    # By row, then by falling size; the place in its row decides who stays.
+    order = np.lexsort((-np.abs(arrays[values]), rows))
+    place = np.empty(len(rows), np.int64)
+    place[order] = np.arange(len(rows)) - np.repeat(arrays["indptr"][:-1], lengths)
+    kept = place < most
+    indptr = np.concatenate([[0], np.cumsum(np.minimum(lengths, most))]).astype(np.int64)
+    return {**arrays, "indptr": indptr, "indices": arrays["indices"][kept], values: arrays[values][kept]}

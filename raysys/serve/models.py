@@ -1,0 +1,207 @@
+"""The models behind an answer: bundles by version, kept warm, and the two stages for many requests at once.
+
+Runs in whichever process computes: a replica of its own (`deployments.py`) or the one that speaks HTTP (`together.py`). No Ray here.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from raysys.bundle import Bundle
+from raysys.errors import ConfigError
+from raysys.models.base import Candidates
+from raysys.pipeline import Pipeline
+from raysys.queries import Queries
+from raysys.registry import Registry
+from raysys.serve.metrics import Metrics
+from raysys.serve.recommender import RetrievedOne, pad_candidates
+
+LOG = logging.getLogger("ray.serve")
+POLL_S = 1.0
+"""Seconds between looks at the registry's pointer."""
+KEEP_VERSIONS = 2
+"""Bundles a replica keeps loaded: the current one, and the one that requests under way may still name."""
+RETRIEVAL_MODELS = ("interest", "covisit", "linear", "content", "popularity", "dot_product")
+"""What a replica loads that only retrieves."""
+
+RetrieveRequest = tuple[str, Queries, int, np.ndarray | bytes | None, np.ndarray]
+"""(version, query, k, allowed, blocked rows); allowed is (N,) bool, or the same as packed bits, None for all items."""
+RankRequest = tuple[str, Queries, RetrievedOne]
+"""(version, query, candidates)."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a replica computes."""
+
+    threads: int = 1
+    """Torch threads."""
+    device: str = "cpu"
+    """`cpu`, `cuda`, or `auto`; see `device_of`."""
+    cached_histories: int = 20_000
+    """Histories whose vectors are kept, so that asking again without a new event does not encode again; about 500 bytes each."""
+
+
+class Models:
+    """Pipelines by version, loaded on demand from the registry; the last KEEP_VERSIONS stay.
+
+    Args:
+        registry: URI.
+        compute: settings of this process; sets its torch threads.
+        metrics: where batches are counted.
+        only: models to load; all when None.
+    """
+
+    def __init__(self, registry: str, compute: Compute, metrics: Metrics, only: tuple[str, ...] | None = None):
+        torch.set_num_threads(compute.threads)
+        self.registry, self._compute, self._metrics, self._only = Registry(registry), compute, metrics, only
+        self._device = device_of(compute.device)
+        self._loaded: OrderedDict[str, Pipeline] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, version: str) -> Pipeline:
+        """The pipeline of a version.
+
+        Raises:
+            BundleError: the registry does not have it, or it is damaged.
+        """
+        pipeline = self._loaded.get(version)
+        if pipeline is not None:
+            return pipeline  # without the lock: requests must not wait while the next version is loaded
+        with self._lock:
+            pipeline = self._loaded.get(version)
+            if pipeline is None:
+                pipeline = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only)).to(self._device)
+                if "interest" in pipeline.bundle.models:
+                    pipeline.bundle.models["interest"].remember(self._compute.cached_histories)
+                self._loaded[version] = pipeline
+                while len(self._loaded) > KEEP_VERSIONS:
+                    self._loaded.popitem(last=False)
+            return pipeline
+
+    def answer(self, stage: str, requests: list[Any], handle: Callable[[Pipeline, list[Any]], list[Any]]) -> list[Any]:
+        """One batch of requests, their version first in each, handled a version at a time.
+
+        Where a version fails, its requests get the exception as their answer: the others of the batch asked for something else.
+
+        Args:
+            stage: name, for the metrics.
+            requests: of any versions.
+            handle: a pipeline and the requests that name its version -> an answer each.
+        """
+        started = time.perf_counter()
+        groups: dict[str, list[int]] = {}
+        for position, request in enumerate(requests):
+            groups.setdefault(request[0], []).append(position)
+        answers: list[Any] = [None] * len(requests)
+        for version, positions in groups.items():
+            try:
+                found = handle(self.get(version), [requests[position] for position in positions])
+            except Exception as error:
+                found = [error] * len(positions)
+            for position, answer in zip(positions, found, strict=True):
+                answers[position] = answer
+        self._metrics.batch_size.observe(len(requests), stage)
+        self._metrics.batch_ms.observe((time.perf_counter() - started) * 1000, stage)
+        return answers
+
+    def load_current(self) -> Pipeline | None:
+        """Load what the pointer names, before a request asks for it; None while nothing is published."""
+        pointer = self.registry.current()
+        return None if pointer is None else self.get(pointer.version)
+
+    def follow(self) -> None:
+        """Poll the pointer for ever, in a thread: a new version is warm here before the ingress names it."""
+
+        def poll() -> None:
+            while True:
+                time.sleep(POLL_S)
+                try:
+                    pipeline = self.load_current()
+                    if pipeline is not None:
+                        warm_up(pipeline)
+                except Exception as error:  # the thread must live: the next version may be sound
+                    LOG.error("cannot load the published version: %s: %s", type(error).__name__, error)
+
+        threading.Thread(target=poll, daemon=True, name="follow-registry").start()
+
+
+def device_of(wanted: str) -> str:
+    """`cpu` or `cuda` as wanted, or with `auto` the GPU where this replica has one that torch can use (a logical one is none).
+
+    Raises:
+        ConfigError: `cuda` where there is none.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "args.device: expected a replica with a GPU for cuda, torch finds none; "
+            "give those that compute num_gpus in ray_actor_options, or set device: auto"
+        )
+    return "cuda"
+
+
+def warm_up(pipeline: Pipeline) -> None:
+    """Run one request through, once a pipeline: the first call of torch and of lazy caches is the slow one."""
+    if getattr(pipeline, "warm", False):
+        return
+    query = Queries.from_lists([[0]])
+    items = np.zeros((1, pipeline.num_candidates), np.int32)
+    names = tuple(pipeline.sources)
+    if pipeline.sources:
+        pipeline.retrieve(query)
+        pipeline.explain(query, np.zeros(1, np.int64))
+    elif pipeline.ranker is not None:
+        names = pipeline.ranker.sources
+    zeros = np.zeros(items.shape, np.float32)
+    pipeline.rank(query, Candidates(items, zeros, np.zeros((*items.shape, len(names)), np.float32), names))
+    pipeline.warm = True  # type: ignore[attr-defined]
+
+
+def retrieve_many(pipeline: Pipeline, group: list[RetrieveRequest]) -> list[RetrievedOne]:
+    """Candidates of several requests in one pass over the models."""
+    num_items = pipeline.num_items
+    allowed = np.ones((len(group), num_items), bool)
+    for row, (_, _, _, mask, blocked) in enumerate(group):
+        if mask is not None:
+            packed = isinstance(mask, bytes)
+            allowed[row] = np.unpackbits(np.frombuffer(mask, np.uint8), count=num_items) if packed else mask
+        allowed[row, blocked] = False
+    queries, most = Queries.stack([query for _, query, _, _, _ in group]), max(k for _, _, k, _, _ in group)
+    retrieved = pipeline.retrieve(queries, most, allowed=allowed)
+    candidates = retrieved.candidates
+    answers = []
+    for row, (_, _, k, _, _) in enumerate(group):
+        count = min(k, int((candidates.items[row] >= 0).sum()))
+        answers.append(
+            RetrievedOne(
+                candidates.items[row, :count],
+                candidates.fused[row, :count],
+                candidates.log_probs[row, :count],
+                candidates.sources,
+                None if retrieved.profiles is None else retrieved.profiles[row],
+                None if retrieved.affinity is None else retrieved.affinity[row],
+            )
+        )
+    return answers
+
+
+def rank_many(pipeline: Pipeline, group: list[RankRequest]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Scores and probabilities of the candidates of several requests."""
+    candidates = pad_candidates([retrieved for _, _, retrieved in group])
+    scores, probabilities = pipeline.rank(Queries.stack([query for _, query, _ in group]), candidates)
+    counts = [len(retrieved.items) for _, _, retrieved in group]
+    return [(scores[row, :count], probabilities[row, :count]) for row, count in enumerate(counts)]
+
+
+def explain_one(pipeline: Pipeline, query: Queries, items: np.ndarray) -> list[tuple[str, int | None]]:
+    """(kind, item row behind it) for each item."""
+    return [(reason.kind, reason.because) for reason in pipeline.explain(query, items)]

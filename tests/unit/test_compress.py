@@ -1,0 +1,121 @@
+"""Compression on the planted world: what each step takes away, what it keeps, and the loss that is not exceeded."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from raysys import cli, storage
+from raysys.bundle import Bundle
+from raysys.compress.config import CompressConfig
+from raysys.compress.distil import distilled
+from raysys.compress.run import compress
+from raysys.compress.steps import pruned, without_unused
+from raysys.errors import ConfigError
+from raysys.models.fusion import log_softmax
+from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetriever
+from raysys.prepare.dataset import Prepared
+from raysys.train.batches import InMemory
+from raysys.train.encoder import EncoderTrainConfig, train_encoder
+from tests import planted
+from tests.prepared import leave_one_out, write_prepared
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("compress") / "prepared")
+    return write_prepared(folder, leave_one_out(planted.sequences()), planted.items_table())
+
+
+@pytest.fixture(scope="module")
+def deep_bundle(tmp_path_factory, planted_bundle, prepared):
+    """The planted bundle with an encoder of four layers, and with co-visitation that has lost its weight."""
+    bundle = Bundle.open(planted_bundle)
+    torch.manual_seed(0)
+    encoder = InterestEncoder(bundle.items.num_rows, len(planted.EVENTS), InterestConfig(dim=32, num_layers=4, max_length=16))
+    data = Prepared.open(prepared).sequences().train()
+    train_encoder(encoder, InMemory(data), EncoderTrainConfig(epochs=8, batch_size=32, lr=5e-3, warmup_steps=5), seed=0)
+    models = {**bundle.models, "interest": InterestRetriever(encoder, np.ones(bundle.items.num_rows, bool))}
+    mixture = bundle.fusion["mixture"]
+    fusion = {**bundle.fusion, "mixture": {**mixture, "weights": {**mixture["weights"], "covisit": 0.0}}}
+    ranker_sources = ["interest", "content", "popularity"]
+    models.pop("ranker")
+    folder = str(tmp_path_factory.mktemp("compress") / "deep")
+    manifest = planted.manifest()
+    Bundle(bundle.items, models, {**fusion, "ranker_sources": ranker_sources}, bundle.histories).write(folder, manifest=manifest)
+    return folder
+
+
+def test_a_student_of_half_the_layers_keeps_the_stated_loss(deep_bundle, prepared, tmp_path):
+    out = str(tmp_path / "small")
+    settings = CompressConfig(max_loss=0.05, distil_epochs=6, distil_lr=3e-3, neighbours=[4])
+    report = compress(deep_bundle, prepared, out, settings, say=lambda text: None)
+    small, original = Bundle.open(out), Bundle.open(deep_bundle)
+    steps = {row["step"]: row for row in report["steps"]}
+    assert steps["student of 2 layers"]["kept"] and small.models["interest"].encoder.config.num_layers == 2
+    assert steps["unused sources dropped"]["kept"] and "covisit" not in small.models and "covisit" in original.models
+    assert steps["int8"]["kept"] and small.manifest["packing"]["interest"]
+    last = [row for row in report["steps"] if row["kept"]][-1]
+    assert last["ndcg@10"] >= 0.95 * steps["original"]["ndcg@10"] > 0.2
+    assert last["bytes"] == pytest.approx(sum(entry.stat().st_size for entry in (tmp_path / "small").iterdir()), rel=0.2)
+    assert last["smaller"] > 1.5
+    assert small.manifest["compression"]["from"] == original.version and small.manifest["events"] == original.events
+
+
+def test_a_student_is_nearer_to_its_teacher_than_the_layers_it_began_with(deep_bundle, prepared):
+    bundle, data, told = Bundle.open(deep_bundle), Prepared.open(prepared), []
+    teacher = bundle.models["interest"]
+    student = distilled(bundle, data, CompressConfig(distil_epochs=6, distil_lr=3e-3, distil_share=1.0), told.append).models["interest"]
+    begun = InterestEncoder(120, len(planted.EVENTS), dataclasses.replace(teacher.encoder.config, num_layers=2))
+    begun.load_state_dict({name: value for name, value in teacher.encoder.state_dict().items() if name in begun.state_dict()})
+    sequences = data.sequences()
+    queries = sequences.queries_before(sequences.target_positions("test"))
+    log_probs = {
+        name: log_softmax(model.scores(queries))
+        for name, model in (("teacher", teacher), ("student", student), ("begun", InterestRetriever(begun, teacher.warm)))
+    }
+
+    def divergence(name):
+        return (np.exp(log_probs["teacher"]) * (log_probs["teacher"] - log_probs[name])).sum(axis=1).mean()
+
+    assert divergence("student") < 0.5 * divergence("begun")
+    assert told and told[0].startswith("student: epoch 1, ndcg@10")
+
+
+def test_a_step_that_costs_too_much_is_left_out(deep_bundle, prepared, tmp_path):
+    settings = CompressConfig(steps=["prune", "quantize"], max_loss=0.0, neighbours=[1])
+    bundle = Bundle.open(deep_bundle)
+    mixture = bundle.fusion["mixture"]
+    only = {**bundle.fusion, "mixture": {**mixture, "weights": {"covisit": 1.0, "popularity": 0.0001}}}
+    models = {name: bundle.models[name] for name in ("covisit", "popularity")}
+    source = str(tmp_path / "source")
+    Bundle(bundle.items, models, only, bundle.histories).write(source, manifest=planted.manifest())
+    report = compress(source, prepared, str(tmp_path / "out"), settings, say=lambda text: None)
+    steps = {row["step"]: row for row in report["steps"]}
+    assert not steps["1 entries a row"]["kept"] and steps["1 entries a row"]["ndcg@10_change"] < 0
+    found = Bundle.open(str(tmp_path / "out")).models["covisit"].to_arrays()[0]
+    assert len(found["indices"]) == len(models["covisit"].to_arrays()[0]["indices"])
+
+
+def test_pruning_keeps_the_largest_of_each_row(deep_bundle):
+    bundle = Bundle.open(deep_bundle)
+    before, after = (one.models["covisit"].to_arrays()[0] for one in (bundle, pruned(bundle, 3)))
+    for row in range(120):
+        old, new = (arrays["counts"][arrays["indptr"][row] : arrays["indptr"][row + 1]] for arrays in (before, after))
+        assert sorted(new) == sorted(np.sort(old)[::-1][:3])
+    assert without_unused(bundle).fusion["mixture"]["weights"].keys() == {"interest", "content", "popularity"}
+
+
+def test_wrong_calls_say_what_was_expected(deep_bundle, prepared, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="another folder"):
+        compress(deep_bundle, prepared, deep_bundle, CompressConfig())
+    seen = str(tmp_path / "seen")
+    Bundle.open(deep_bundle).write(seen, manifest={**planted.manifest(), "fit": "train+valid"})
+    with pytest.raises(ConfigError, match="fitted on train"):
+        compress(seen, prepared, str(tmp_path / "out"), CompressConfig())
+    with pytest.raises(ValueError, match="unused, distil, prune, quantize"):
+        CompressConfig(steps=["shrink"])
+    code = cli.main(["compress", deep_bundle, "--prepared", prepared, "--out", str(tmp_path / "out"), "--max-loss", "much"])
+    assert code != 0 and "--max-loss: expected a share" in capsys.readouterr().err
+    assert not storage.exists(str(tmp_path / "out"))

@@ -1,0 +1,100 @@
+"""Models in the process that answers: batches of what waits, failures that stay with their request, a caller that gives up."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from raysys.bundle import Bundle
+from raysys.errors import BundleError
+from raysys.pipeline import Pipeline
+from raysys.queries import Queries
+from raysys.registry import Registry
+from raysys.serve.metrics import Metrics
+from raysys.serve.models import Compute, Models
+from raysys.serve.together import MAX_BATCH, Lane, TogetherBackend
+
+NOBODY = np.zeros(0, np.int32)
+
+
+@pytest.fixture
+def models(tmp_path, planted_bundle):
+    Registry(str(tmp_path)).publish(planted_bundle)
+    return Models(str(tmp_path), Compute(cached_histories=100), Metrics())
+
+
+def test_answers_equal_the_pipeline_also_in_a_batch(models, planted_bundle):
+    bundle = Bundle.open(planted_bundle)
+    pipeline, backend, version = Pipeline(bundle), TogetherBackend(models), models.load_current().bundle.version
+    queries = [Queries.from_lists([[row, row + 1, row + 2]]) for row in range(0, 100, 5)]
+    even = np.arange(pipeline.num_items) % 2 == 0
+
+    async def ask(query):
+        retrieved = await backend.retrieve(version, query, 7, even, np.array([4], np.int32))
+        scores, probabilities = await backend.rank(version, query, retrieved)
+        reasons = await backend.explain(version, query, retrieved.items)
+        return retrieved, scores, probabilities, reasons
+
+    async def all_at_once():
+        return await asyncio.gather(*map(ask, queries))
+
+    for query, (retrieved, scores, probabilities, reasons) in zip(queries, asyncio.run(all_at_once()), strict=True):
+        allowed = even & (np.arange(pipeline.num_items) != 4)
+        expected = pipeline.retrieve(query, 7, allowed=allowed).candidates
+        np.testing.assert_array_equal(retrieved.items, expected.items[0])
+        wanted_scores, wanted_probabilities = pipeline.rank(query, expected)
+        np.testing.assert_allclose(scores, wanted_scores[0], atol=1e-4)
+        np.testing.assert_allclose(probabilities, wanted_probabilities[0], atol=1e-4)
+        assert reasons == [(reason.kind, reason.because) for reason in pipeline.explain(query, retrieved.items)]
+
+
+def test_an_unknown_version_fails_its_own_request_alone(models):
+    backend, version = TogetherBackend(models), models.load_current().bundle.version
+
+    async def both():
+        calls = (backend.retrieve(name, Queries.from_lists([[1]]), 5, None, NOBODY) for name in (version, "no-such-version"))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    good, bad = asyncio.run(both())
+    assert len(good.items) == 5 and isinstance(bad, BundleError)
+
+
+def test_a_stage_takes_what_waits_at_once_and_skips_who_gave_up():
+    begin, batches = threading.Event(), []
+
+    def handle(requests):
+        begin.wait(5)
+        batches.append(list(requests))
+        return [ValueError("odd") if request % 2 else request for request in requests]
+
+    async def run():
+        lane = Lane("test", handle)
+        first = asyncio.create_task(lane(0))
+        await asyncio.sleep(0.1)  # the thread holds the first one
+        rest = [asyncio.create_task(lane(number)) for number in range(1, MAX_BATCH + 5)]
+        await asyncio.sleep(0.05)
+        rest[1].cancel()
+        await asyncio.sleep(0)
+        begin.set()
+        return await asyncio.gather(first, *rest, return_exceptions=True)
+
+    answers = asyncio.run(run())
+    assert batches[0] == [0] and batches[1][:2] == [1, 3] and len(batches) == 3  # 2 gave up and was not begun
+    assert answers[0] == 0 and isinstance(answers[1], ValueError) and isinstance(answers[2], asyncio.CancelledError) and answers[4] == 4
+
+
+def test_a_broken_stage_goes_on():
+    broken = iter([True, False])
+
+    def handle(requests):
+        if next(broken):
+            raise RuntimeError("once")
+        return requests
+
+    async def run():
+        lane = Lane("test", handle)
+        return await asyncio.gather(lane(1), return_exceptions=True), await lane(2)
+
+    (failed,), fine = asyncio.run(run())
+    assert isinstance(failed, RuntimeError) and fine == 2
