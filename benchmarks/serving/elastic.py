@@ -28,12 +28,12 @@ from pathlib import Path
 from raysys import config, storage
 from raysys.prepare.dataset import Prepared
 from raysys.registry import Registry
-from raysys.serve.launch import HAPROXY_PORTS, MARKER, PRIVATE_CLUSTER, family, require_free
+from raysys.serve.launch import MARKER, PRIVATE_CLUSTER, family
 from raysys.serve.settings import FAST_SETTINGS
 
 HERE = Path(__file__).resolve().parent
 GPU_CONFIG = HERE.parents[1] / "deploy" / "serve_config.gpu.yaml"
-QUIET_S, PATIENCE_S, WINDOW_S = 15.0, 180.0, 2.0
+QUIET_S, PATIENCE_S, WINDOW_S = 15.0, 300.0, 2.0
 SCALING = {
     "min_replicas": 1,
     "target_ongoing_requests": 3,
@@ -97,39 +97,45 @@ def run(bundle: str, users: list[str], *, clients: int, load_s: float, nodes: in
 @contextlib.contextmanager
 def cluster(folder: str, nodes: int) -> Iterator[str]:
     """A head without GPUs and an autoscaler that may add nodes of one logical GPU; its address."""
-    for port in HAPROXY_PORTS:
-        require_free(port)
+    from ray.util import get_node_ip_address
+
     token, port = secrets.token_hex(8), free_port()
+    address = f"{get_node_ip_address()}:{port}"
     path = Path(folder) / "cluster.json"
-    path.write_text(json.dumps(autoscaling(nodes)))
+    path.write_text(json.dumps(autoscaling(address, nodes)))
     environment = {
         **os.environ,
         **FAST_SETTINGS,
         **{name: value for name, value in PRIVATE_CLUSTER.items() if name != "RAY_ADDRESS"},
         MARKER: token,
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),  # not those of a service that runs beside this
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_FAKE_CLUSTER": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_AUTH_MODE": "disabled",
+        "RAY_raylet_start_wait_time_s": "240",  # a busy machine starts its nodes in minutes, not in seconds
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(HERE)])),  # _elastic_app, for every worker
         "RAYSYS_HOME": os.environ.get("RAYSYS_HOME", f"{folder}/home"),
     }
     os.environ["RAY_AUTH_MODE"] = "disabled"
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", f"--autoscaling-config={path}"]
-    flags = ["--num-cpus=2", "--num-gpus=0", "--include-dashboard=false", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+    flags = ["--num-cpus=2", "--num-gpus=0", "--include-dashboard=false", "--disable-usage-stats"]
     try:
-        subprocess.run(
-            [*command, *flags], env=environment, check=True, stdout=(Path(folder) / "ray.log").open("wb"), stderr=subprocess.STDOUT
-        )
-        yield f"127.0.0.1:{port}"
+        log = Path(folder) / "ray.log"
+        if subprocess.run([*command, *flags], env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT).returncode:
+            raise SystemExit(f"ray start failed; end of its log:\n{log.read_text()[-3000:]}")
+        yield address
     finally:
         for pid in family(f"{MARKER}={token}".encode()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
-def autoscaling(nodes: int) -> dict:
+def autoscaling(address: str, nodes: int) -> dict:
     """Settings of Ray's autoscaler with its fake node provider, which starts nodes as processes of this machine."""
     provider = {
         "type": "fake_multinode",
+        "gcs_address": address,
         "use_node_id_as_ip": True,
         "use_internal_ips": True,
         "disable_node_updaters": True,
@@ -172,7 +178,7 @@ def serving(folder: str, address: str, nodes: int) -> Iterator[int]:
     path, log = Path(folder) / "serve.json", Path(folder) / "serve.log"
     path.write_text(json.dumps(values))
     process = subprocess.Popen(
-        [sys.executable, "-m", "ray.serve.scripts", "run", "--app-dir", str(HERE), str(path)],
+        [sys.executable, "-m", "ray.serve.scripts", "run", str(path)],
         env={**os.environ, **FAST_SETTINGS, "RAY_ADDRESS": address},
         stdout=log.open("wb"),
         stderr=subprocess.STDOUT,
@@ -275,8 +281,7 @@ class Watch:
         from ray import serve
 
         gpu_nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU"))
-        states = serve.status().applications["raysys"].deployments["Retrieval"].replica_states
-        replicas = sum(count for state, count in states.items() if state.value == "RUNNING")
+        replicas = serve.status().applications["raysys"].deployments["Retrieval"].replica_states.get("RUNNING", 0)
         self.timeline.append({"at": time.monotonic(), "gpu_nodes": gpu_nodes, "replicas": replicas})
 
 

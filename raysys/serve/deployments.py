@@ -279,10 +279,12 @@ class Ingress:
             await asyncio.sleep(POLL_S)
 
     def _follow_once(self) -> None:
+        refused = self._recommender.metrics.version_refused
         try:
             pointer = self._registry.current()
             current = self._recommender.version
             if pointer is None or (current is not None and current.bundle.version == pointer.version):
+                refused.set(0)
                 return
             pipeline = self._models.get(pointer.version)
             bundle = pipeline.bundle
@@ -298,9 +300,11 @@ class Ingress:
                 bundle.models.pop("covisit", None)  # its counts take several times the memory of the followers that are kept
             self._recommender.version = version
             self._problem = None
+            refused.set(0)
             LOG.info("serving version %s", pointer.version)
             if bundle.key_problem:
                 LOG.warning(bundle.key_problem)
         except Exception as error:  # the thread must live: the next version may be sound
             self._problem = str(error)
+            refused.set(1)
             LOG.error("cannot serve the published version: %s: %s", type(error).__name__, error)

@@ -39,6 +39,8 @@ PRIVATE_CLUSTER = {
     # Nobody routes to this node after Ctrl-C, so nothing has to be drained for half a minute.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
+    # A proxy that takes longer than 5 s, on a busy machine, would be killed, and `serve run` would give up.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "45",
 }
 HAPROXY_PORTS = (8404, 9101)
 """HAProxy's own statistics ports; all interfaces."""

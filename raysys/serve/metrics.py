@@ -172,6 +172,7 @@ class Metrics:
         )
         self.impressions_dropped = Gauge("raysys_impressions_dropped", "impressions lost since the start because the log was behind")
         self.model_info = Gauge("raysys_model_info", "1 for the version in use", "version")
+        self.version_refused = Gauge("raysys_version_refused", "1 while what is published cannot be served; the log says why")
         self.model_age_s = Gauge("raysys_model_age_seconds", "seconds since the version in use was made")
         self.newest_event_age_s = Gauge(
             "raysys_newest_learnt_event_age_seconds", "seconds since the newest event that the version in use has learnt from"

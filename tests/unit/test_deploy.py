@@ -253,3 +253,21 @@ def test_prometheus_reads_the_rules_and_the_list_that_ray_writes():
     from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 
     assert jobs["ray"]["file_sd_configs"] == [{"files": [f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]}]
+
+
+def test_the_road_of_another_device_gives_the_same_answer(planted_bundle):
+    """`cpu:0` is the same processor by another name, so the tensors move as they would to a GPU."""
+    import numpy as np
+
+    from raysys.bundle import Bundle
+    from raysys.pipeline import Pipeline
+    from raysys.queries import Queries
+
+    queries = Queries.from_lists([[3, 24, 61, 62], [], [100]])
+    here = Pipeline(Bundle.open(planted_bundle)).recommend(queries, 10)
+    there = Pipeline(Bundle.open(planted_bundle)).to("cpu:0")
+    assert there.sources["interest"]._items is not None
+    items, scores, probabilities = there.recommend(queries, 10)
+    assert (items == here[0]).all()
+    np.testing.assert_allclose(scores, here[1], atol=1e-4)
+    np.testing.assert_allclose(probabilities, here[2], atol=1e-4)
