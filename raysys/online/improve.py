@@ -21,7 +21,7 @@ from raysys.models.interest import InterestRetriever
 from raysys.models.ranker import Ranker
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import Fresh, sampled_histories
-from raysys.online.gate import as_mixed, is_change, named, score, shifted, verdict
+from raysys.online.gate import as_mixed, is_change, named, reached, score, shifted, verdict
 from raysys.online.mixture import Evidence
 from raysys.online.recent import RECENT, with_recent
 from raysys.pipeline import seen_mask
@@ -97,7 +97,10 @@ def _improve(bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> I
         fusion = evidence.refitted(prior_events=config.mixture_prior, first=int((arrival[positions] < before).sum()))
         return {**bundle.fusion, "mixture": fusion.to_dict()}
 
-    changed = False
+    # Users without news then stand for tastes of which it is proven that they have changed.
+    level = ((bundle.manifest.get("metrics") or {}).get("online") or {}).get("level")
+    changed = figures["changed"] = is_change(level, prequential[:, 1], config.proven_fall)
+    figures["level"] = reached(level, prequential[:, 1])
     cut = fresh.num_events - int(config.holdout_share * fresh.num_events)
     if 0 < cut < fresh.num_events:
         older = arrival < cut
@@ -108,8 +111,6 @@ def _improve(bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> I
             "new": (prequential[arrival[judged] >= cut], score(candidate, sequences, held_out)),
             "anchor": (anchor, score(as_mixed(candidate, bundle), anchors, anchor_positions)),
         }
-        # From here on users without news stand for tastes of which it is proven that they have changed.
-        changed = figures["changed"] = is_change(*slices["new"], config.proven_gain)
         reason = verdict(candidate, slices, config, gate, changed) or shifted(
             bundle, candidate, {"new": (sequences, held_out), "anchor": (anchors, anchor_positions)}, config, gate, changed
         )
