@@ -56,7 +56,7 @@ class Models:
     def __init__(self, registry: str, only: tuple[str, ...] | None = None):
         self.registry, self._only = Registry(registry), only
         self._loaded: OrderedDict[str, Pipeline] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._loading = threading.Lock(), threading.Lock()
 
     def get(self, version: str) -> Pipeline:
         """The pipeline of a version.
@@ -65,11 +65,20 @@ class Models:
             BundleError: the registry does not have it, or it is damaged.
         """
         with self._lock:
-            if version not in self._loaded:
-                self._loaded[version] = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only))
+            if version in self._loaded:
+                return self._loaded[version]
+        # Loading takes seconds on a busy machine; requests for the version in use must not wait for it.
+        with self._loading:
+            with self._lock:
+                if version in self._loaded:
+                    return self._loaded[version]
+            pipeline = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only))
+            warm_up(pipeline)
+            with self._lock:
+                self._loaded[version] = pipeline
                 while len(self._loaded) > KEEP_VERSIONS:
                     self._loaded.popitem(last=False)
-            return self._loaded[version]
+            return pipeline
 
     def load_current(self) -> Pipeline | None:
         """Load what the pointer names, before a request asks for it; None while nothing is published."""
@@ -83,9 +92,7 @@ class Models:
             while True:
                 time.sleep(POLL_S)
                 try:
-                    pipeline = self.load_current()
-                    if pipeline is not None:
-                        warm_up(pipeline)
+                    self.load_current()
                 except Exception as error:  # the thread must live: the next version may be sound
                     LOG.error("cannot load the published version: %s: %s", type(error).__name__, error)
 
@@ -93,9 +100,7 @@ class Models:
 
 
 def warm_up(pipeline: Pipeline) -> None:
-    """Run one request through, once a pipeline: the first call of torch and of lazy caches is the slow one."""
-    if getattr(pipeline, "warm", False):
-        return
+    """Run one request through: the first call of torch and of lazy caches is the slow one."""
     query = Queries.from_lists([[0]])
     items = np.zeros((1, pipeline.num_candidates), np.int32)
     names = tuple(pipeline.sources)
@@ -106,7 +111,6 @@ def warm_up(pipeline: Pipeline) -> None:
         names = pipeline.ranker.sources
     zeros = np.zeros(items.shape, np.float32)
     pipeline.rank(query, Candidates(items, zeros, np.zeros((*items.shape, len(names)), np.float32), names))
-    pipeline.warm = True  # type: ignore[attr-defined]
 
 
 def _answer_by_version(models: Models, requests: list[Any], handle: Callable[[Pipeline, list[Any]], list[Any]]) -> list[Any]:
@@ -140,9 +144,7 @@ class Retrieval:
     def __init__(self, registry: str, threads: int = 1):
         torch.set_num_threads(threads)
         self._models = Models(registry, only=tuple(name for name in MODEL_CLASSES if name != "ranker"))
-        pipeline = self._models.load_current()
-        if pipeline is not None:
-            warm_up(pipeline)
+        self._models.load_current()
         self._models.follow()
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
@@ -193,9 +195,7 @@ class Ranking:
     def __init__(self, registry: str, threads: int = 1):
         torch.set_num_threads(threads)
         self._models = Models(registry, only=("ranker",))
-        pipeline = self._models.load_current()
-        if pipeline is not None:
-            warm_up(pipeline)
+        self._models.load_current()
         self._models.follow()
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.0)
