@@ -245,6 +245,19 @@ def test_the_mixture_follows_what_has_changed(world, tmp_path):
     assert found[registry.uri] > found[copy.uri] + 0.05, "on events that neither had learnt"
 
 
+def test_a_proven_change_starts_the_forgetting_source_anew_once(world):
+    _, log = world
+    config = dataclasses.replace(CONFIG, epochs=0)
+    for part, step in enumerate((2, STEP, STEP)):
+        log.append(events_of(walks(40, step, 6, np.random.default_rng(part)), 100 * part))
+        report = learner_of(world, config).round()
+        assert report["status"] == "published" and report["figures"]["changed"] == (part == 1), report["figures"]
+    newest = [walks(40, STEP, 6, np.random.default_rng(part)) for part in (1, 2)]
+    expected = np.bincount(np.concatenate(newest).ravel(), minlength=N)
+    assert (current(world).models["recent"].to_arrays()[0]["occurrences"] > 0).sum() == (expected > 0).sum()
+    assert current(world).models["recent"].to_arrays()[0]["occurrences"].sum() == pytest.approx(expected.sum(), rel=1e-2)
+
+
 def test_a_loss_counts_beyond_its_standard_error():
     rng = np.random.default_rng(0)
     bundle = Bundle(pa.table({"item_id": ["a"]}), {}, {}, Histories(pa.table({"user_key": []}), 1))
