@@ -16,6 +16,7 @@ import json
 import shutil
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,7 +134,8 @@ def swaps(bundle: str, tail: dict[str, list], folder: str, requests: int) -> dic
     registry.publish(bundle)
     rows_by_version: dict[str, set[str]] = {registry.current().version: set(Bundle.open(bundle, only=()).item_ids)}
     answers: list[tuple[str | None, list[dict]]] = []
-    failures: list[int] = []
+    answered: set[str] = set()
+    failures: Counter[str] = Counter()
     done, lock = threading.Event(), threading.Lock()
 
     def ask(url: str, first: int) -> None:
@@ -145,10 +147,11 @@ def swaps(bundle: str, tail: dict[str, list], folder: str, requests: int) -> dic
                 status, answer = 0, {}
             with lock:
                 if status != 200 or answer.get("degraded"):
-                    failures.append(status)
+                    failures[f"HTTP {status} {answer.get('degraded_reason')}"] += 1
                 else:
                     answers.append((answer["model_version"], answer["items"]))
-                if len(answers) + len(failures) >= requests and len(rows_by_version) > SWAPS:
+                    answered.add(answer["model_version"])
+                if len(answers) + failures.total() >= requests and len(answered) > SWAPS:
                     done.set()
             at += CLIENTS
 
@@ -180,9 +183,10 @@ def swaps(bundle: str, tail: dict[str, list], folder: str, requests: int) -> dic
         finally:
             done.set()
     return {
-        "requests": len(answers) + len(failures),
+        "requests": len(answers) + failures.total(),
         "swaps": len({version for version, _ in answers}) - 1,
-        "failures": len(failures),
+        "failures": failures.total(),
+        "why": ", ".join(f"{count} x {why}" for why, count in failures.items()) or "-",
         "mixed": sum(is_mixed(version, items, rows_by_version) for version, items in answers),
         "seconds": time.perf_counter() - started,
     }

@@ -37,8 +37,8 @@ class OnlineConfig:
     """Nats by which the log loss of what users did next, under retrieval's distribution, may rise on either slice (calibration)."""
     max_drift: float = 0.5
     """Mean total variation between the serving and the updated distribution over the catalogue, for anchor users, in [0, 1]."""
-    proven_gain: float = 0.5
-    """Relative gain in NDCG@10 on the newest events, beyond two standard errors, that proves a change of tastes: what an update costs
+    proven_fall: float = 0.5
+    """Relative fall of the serving versions' hit rate, beyond two standard errors, that proves a change of tastes: what an update costs
     users without news is then not held against it."""
     max_evaluated: int = 2000
     """Newest events scored in a round at most."""

@@ -15,6 +15,8 @@ from raysys.prepare.dataset import Sequences
 K = 10
 MAX_BATCH_SCORES = 1 << 21
 """Scores of one source in an evaluation batch."""
+LEVEL_KEPT = 0.9
+"""Share of the hit rate once reached that a round which does not reach it still goes by."""
 MAX_COMPARED = 200
 """Queries whose whole distributions are compared, serving against updated."""
 MAX_COMPARED_SCORES = 1 << 24
@@ -43,11 +45,25 @@ def named(values: np.ndarray) -> dict[str, float | int]:
     return {"events": len(values), f"ndcg@{K}": float(values[:, 0].mean()), f"recall@{K}": float(values[:, 1].mean())}
 
 
-def is_change(before: np.ndarray, after: np.ndarray, proven_gain: float) -> bool:
-    """Whether an update predicts events that it had not seen so much better that what was true before no longer is."""
-    gains = after[:, 0] - before[:, 0]
-    least = gains.mean() - 2 * gains.std() / np.sqrt(len(gains)) if len(gains) else 0.0
-    return bool(least > 0 and gains.mean() >= proven_gain * before[:, 0].mean())
+def reached(level: float | None, hits: np.ndarray) -> float:
+    """The hit rate that a lineage of versions has shown it can reach, after one more round; it fades, so that no level is for ever."""
+    return max(float(hits.mean()) if len(hits) else 0.0, LEVEL_KEPT * (level or 0.0))
+
+
+def is_change(level: float | None, hits: np.ndarray, fall: float) -> bool:
+    """Whether new events are predicted so much worse than a lineage can that what was true before no longer is.
+
+    Args:
+        level: what has been reached before the round; None in the first.
+        hits: (Q,) 0 or 1, recall of the serving version on the round's events.
+        fall: relative fall, beyond two standard errors, that proves it.
+    """
+    if level is None or not len(hits):
+        return False
+    rate = float(hits.mean())
+    # The second term is the doubt that is left where no event was hit at all.
+    error = np.sqrt((rate * (1 - rate) + 1 / len(hits)) / len(hits))
+    return bool(rate + 2 * error < (1 - fall) * level)
 
 
 def verdict(

@@ -19,9 +19,9 @@ from raysys.models.fusion import Fusion
 from raysys.models.interest import InterestRetriever
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import Fresh, sampled_histories
-from raysys.online.gate import as_mixed, is_change, named, score, shifted, verdict
+from raysys.online.gate import as_mixed, is_change, named, reached, score, shifted, verdict
 from raysys.online.mixture import Evidence
-from raysys.online.recent import RECENT, with_recent
+from raysys.online.recent import RECENT, emptied, with_recent
 from raysys.pipeline import seen_mask
 from raysys.prepare.dataset import Sequences
 from raysys.train.batches import InMemory
@@ -85,6 +85,13 @@ def _improve(bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> I
     gate: dict[str, Any] = {}
     figures: dict[str, Any] = {"events": fresh.num_events, "prequential": named(prequential), "gate": gate}
 
+    # Users without news then stand for tastes of which it is proven that they have changed.
+    known = (bundle.manifest.get("metrics") or {}).get("online") or {}
+    changed = figures["changed"] = is_change(known.get("level"), prequential[:, 1], config.proven_fall)
+    figures["level"] = reached(known.get("level"), prequential[:, 1])
+    if changed and not known.get("changed"):
+        bundle = emptied(bundle)  # once: from here on it counts what is true now
+
     found = _evidence(bundle, sequences, arrival, judged, config)
 
     def mixed(before: int) -> dict[str, Any]:
@@ -95,7 +102,6 @@ def _improve(bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> I
         fusion = evidence.refitted(prior_events=config.mixture_prior, first=int((arrival[positions] < before).sum()))
         return {**bundle.fusion, "mixture": fusion.to_dict()}
 
-    changed = False
     cut = fresh.num_events - int(config.holdout_share * fresh.num_events)
     if 0 < cut < fresh.num_events:
         older = arrival < cut
@@ -106,8 +112,6 @@ def _improve(bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> I
             "new": (prequential[arrival[judged] >= cut], score(candidate, sequences, held_out)),
             "anchor": (anchor, score(as_mixed(candidate, bundle), anchors, anchor_positions)),
         }
-        # From here on users without news stand for tastes of which it is proven that they have changed.
-        changed = figures["changed"] = is_change(*slices["new"], config.proven_gain)
         reason = verdict(candidate, slices, config, gate, changed) or shifted(
             bundle, candidate, {"new": (sequences, held_out), "anchor": (anchors, anchor_positions)}, config, gate, changed
         )

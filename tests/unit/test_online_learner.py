@@ -17,7 +17,7 @@ from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetr
 from raysys.models.popularity import Popularity
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import flat_sequences, read_fresh
-from raysys.online.gate import is_change, verdict
+from raysys.online.gate import is_change, reached, verdict
 from raysys.online.improve import improve
 from raysys.online.learner import Learner, run_online
 from raysys.registry import Registry
@@ -245,6 +245,19 @@ def test_the_mixture_follows_what_has_changed(world, tmp_path):
     assert found[registry.uri] > found[copy.uri] + 0.05, "on events that neither had learnt"
 
 
+def test_a_proven_change_starts_the_forgetting_source_anew_once(world):
+    _, log = world
+    config = dataclasses.replace(CONFIG, epochs=0)
+    for part, step in enumerate((2, STEP, STEP)):
+        log.append(events_of(walks(40, step, 6, np.random.default_rng(part)), 100 * part))
+        report = learner_of(world, config).round()
+        assert report["status"] == "published" and report["figures"]["changed"] == (part == 1), report["figures"]
+    newest = [walks(40, STEP, 6, np.random.default_rng(part)) for part in (1, 2)]
+    expected = np.bincount(np.concatenate(newest).ravel(), minlength=N)
+    assert (current(world).models["recent"].to_arrays()[0]["occurrences"] > 0).sum() == (expected > 0).sum()
+    assert current(world).models["recent"].to_arrays()[0]["occurrences"].sum() == pytest.approx(expected.sum(), rel=1e-2)
+
+
 def test_a_loss_counts_beyond_its_standard_error():
     rng = np.random.default_rng(0)
     bundle = Bundle(pa.table({"item_id": ["a"]}), {}, {}, Histories(pa.table({"user_key": []}), 1))
@@ -257,13 +270,36 @@ def test_a_loss_counts_beyond_its_standard_error():
     assert "new slice fell by 0.0350" in said(0.035, 1000)
 
 
-def test_a_proven_change_is_told_from_luck():
-    before = np.full((100, 2), 0.1)
-    even, lucky = np.full((100, 2), 0.14), np.concatenate([np.ones((7, 2)), np.full((93, 2), 0.1)])
-    assert not is_change(before, even, 0.5), "better by 40%"
-    assert is_change(before, even + 0.02, 0.5)
-    assert lucky[:, 0].mean() > 0.16 and not is_change(before, lucky - 0.06 * (lucky < 1), 0.5)
-    assert not is_change(before[:0], before[:0], 0.5)
+def test_a_proven_change_is_told_from_a_bad_spell():
+    hits = np.repeat([1.0, 0.0], [6, 94])
+    assert is_change(0.3, hits, 0.5), "6% and twice 2.6% are less than half of 30%"
+    assert not is_change(0.2, hits, 0.5) and not is_change(None, hits, 0.5)
+    assert not is_change(0.3, np.zeros(5), 0.5) and is_change(0.3, np.zeros(100), 0.5), "five misses prove nothing"
+    assert (
+        reached(None, hits) == pytest.approx(0.06)
+        and reached(0.3, hits) == pytest.approx(0.27)
+        and reached(0.05, hits) == pytest.approx(0.06)
+    )
+
+
+def test_users_without_news_do_not_hold_up_a_proven_change(world, monkeypatch):
+    """Old users lose their encoder; that is held against an update until the serving version has stopped to predict what happens."""
+    _, log = world
+
+    def ruined(encoder, *arguments, **options):
+        generator = torch.Generator().manual_seed(0)
+        for parameter in encoder.parameters():
+            parameter.data.normal_(generator=generator)
+
+    log.append(events_of(walks(30, 2, 6, np.random.default_rng(0)), 0))
+    first = learner_of(world, ALONE).round()
+    assert first["status"] == "published" and first["figures"]["level"] > 0.8 and not first["figures"]["changed"]
+    monkeypatch.setattr("raysys.online.improve.train_encoder", ruined)
+    log.append(events_of(walks(30, STEP, 6, np.random.default_rng(1)), 100))
+    held = learner_of(world, dataclasses.replace(ALONE, proven_fall=1.0)).round()
+    assert held["status"] == "refused" and "anchor" in held["reason"]
+    followed = learner_of(world, ALONE).round()
+    assert followed["status"] == "published" and followed["figures"]["changed"] and followed["figures"]["level"] > 0.7
 
 
 def test_values_that_are_not_finite_are_refused(world):
