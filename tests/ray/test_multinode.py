@@ -327,9 +327,10 @@ def test_the_whole_road(nodes, prepared, bundle, at):
 
 
 @pytest.mark.slow
-def test_a_node_with_model_replicas_dies_under_load(nodes, planted_bundle, at):
+def test_a_node_with_model_replicas_dies_under_load(nodes, tmp_path, at):
     """Answers of the moment are degraded, none is missing; the replicas come up again on the other node or on the new one."""
-    Registry(at("registry-2")).publish(planted_bundle)
+    planted.build_bundle().write(str(tmp_path / "bundle"), manifest=planted.manifest())  # under the key of these nodes
+    Registry(at("registry-2")).publish(str(tmp_path / "bundle"))
     with serving(nodes, at("registry-2")) as base_url, Traffic(base_url, clients=2) as traffic:
         traffic.wait_until_sound()
         victim, killed = nodes.with_replica_of("Retrieval"), time.monotonic()
