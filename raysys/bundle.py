@@ -4,7 +4,7 @@
       manifest.json          format, version, created, config, data fingerprint, metrics, events, models, sha256 of every file
       vocabulary.parquet     item_idx, item_id
       items.parquet          item attributes, row = item_idx
-      histories.parquet      user_key (keyed hash), item_idx, event, timestamp: where serving starts from; holds no user ids
+      histories.parquet      user_key (keyed hash), item_idx, event, timestamp, value: where serving starts from; holds no user ids
       NAME.safetensors       arrays of one model; its settings stand in manifest["models"][NAME]
 
 Knows files and models, not requests (`pipeline.py`) and not versions in use (`registry.py`).
@@ -34,12 +34,13 @@ from raysys.packing import packed, unpacked
 from raysys.prepare.dataset import Sequences
 from raysys.schema import ITEM_ID, ITEM_IDX, UNKNOWN_ITEM
 
-FORMAT = "raysys-bundle/1"
+FORMAT = "raysys-bundle/2"
 MANIFEST, VOCABULARY, ITEMS, HISTORIES = "manifest.json", "vocabulary.parquet", "items.parquet", "histories.parquet"
 
 MODEL_CLASSES = {
     "interest": "raysys.models.interest:InterestRetriever",
     "covisit": "raysys.models.covisit:Covisitation",
+    "recent": "raysys.models.covisit:Covisitation",
     "linear": "raysys.models.linear:Linear",
     "popularity": "raysys.models.popularity:Popularity",
     "content": "raysys.models.content:ContentNeighbours",
@@ -54,6 +55,7 @@ HISTORY_SCHEMA = pa.schema(
         (ITEM_IDX, pa.list_(pa.int32())),
         ("event", pa.list_(pa.int8())),
         ("timestamp", pa.list_(pa.int64())),
+        ("value", pa.list_(pa.float32())),  # NaN where the event has none
     ]
 )
 
@@ -87,7 +89,7 @@ class Histories:
         take = np.arange(offsets[-1]) + np.repeat(known.indptr[1:][rows] - lengths - offsets[:-1], lengths)
         lists = [
             pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(array[take], field.type.value_type))
-            for array, field in zip((known.items, known.events, known.times), list(HISTORY_SCHEMA)[1:], strict=True)
+            for array, field in zip((known.items, known.events, known.times, known.values), list(HISTORY_SCHEMA)[1:], strict=True)
         ]
         keys = pa.array([user_key(user_ids[row]) for row in rows], pa.binary(16))
         return cls(pa.table([keys, *lists], schema=HISTORY_SCHEMA), max_events)
@@ -106,13 +108,13 @@ class Histories:
 
     @cached_property
     def _lists(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        columns = [self.table[name].combine_chunks() for name in (ITEM_IDX, "event", "timestamp")]
+        columns = [self.table[name].combine_chunks() for name in HISTORY_SCHEMA.names[1:]]
         columns = [column.chunk(0) if isinstance(column, pa.ChunkedArray) else column for column in columns]
         first = columns[0].offsets.to_numpy() if len(columns[0]) else np.zeros(1, np.int32)
         return first - first[0], [column.flatten().to_numpy() for column in columns]
 
-    def lookup(self, user_id: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """(items int32, events int8, times int64) of a user, oldest first; None for a stranger."""
+    def lookup(self, user_id: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+        """(items int32, events int8, times int64, values float32) of a user, oldest first; None for a stranger."""
         key = user_key(user_id)
         prefixes, order = self._index
         prefix = np.uint64(int.from_bytes(key[:8], "big"))
@@ -120,8 +122,8 @@ class Histories:
             row = order[position]
             if self.table["user_key"][int(row)].as_py() == key:
                 offsets, arrays = self._lists
-                items, events, times = (array[offsets[row] : offsets[row + 1]] for array in arrays)
-                return items, events, times
+                items, events, times, values = (array[offsets[row] : offsets[row + 1]] for array in arrays)
+                return items, events, times, values
         return None
 
     def __len__(self) -> int:

@@ -22,8 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0 only on success."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    # Ray turns SIGTERM into SystemExit only in workers; a terminated command must still clean up.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         rows = arguments.run(arguments)
     except RaysysError as error:
@@ -35,6 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rows:
         print_table(rows)
     return 0
+
+
+def _terminated(*_: object) -> None:
+    """Leave by an exception, so that whatever the command started is stopped on the way out."""
+    # Once only: `timeout` and many supervisors signal the process and then its group, and a second exception would end the cleaning up.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -123,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("online", _online, "learn from the event log and publish better versions")
     command.add_argument("--registry", default=None)
     command.add_argument("--events", default=None)
-    command.add_argument("--state", default=None)
+    command.add_argument("--state", default=None, help="not read: a learner needs registry and log; accepted beside them as `serve` has it")
     command.add_argument("--once", action="store_true", help="one round, then exit")
     command.add_argument("--interval", type=float, default=30.0, help="seconds between rounds (default: 30)")
     _add_config(command)
@@ -370,7 +376,6 @@ def _online(arguments: argparse.Namespace) -> Rows:
     report = run_online(
         default_location(arguments.registry, "registry"),
         default_location(arguments.events, "events"),
-        default_location(arguments.state, "state"),
         once=arguments.once,
         interval_s=arguments.interval,
         config=config.load(OnlineConfig, arguments.config, arguments.overrides),

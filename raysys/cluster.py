@@ -8,6 +8,8 @@ else `RAY_ADDRESS` (set inside a submitted job), else a private local cluster.
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 from raysys import storage
@@ -38,6 +40,7 @@ def connected(address: str | None = None) -> Iterator[None]:
     # A line of it at every command would bury ours; docs/serving.md says what it means.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     address = address or os.environ.get("RAY_ADDRESS")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     else:
@@ -48,10 +51,16 @@ def connected(address: str | None = None) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
+    # Ray's own handler drains the node for half a minute first, and would outlive it. One that leaves by an exception comes by here.
+    is_ours = on_sigterm is not None and threading.current_thread() is threading.main_thread()
     try:
+        if is_ours and callable(on_sigterm):
+            signal.signal(signal.SIGTERM, on_sigterm)
         yield
     finally:
         ray.shutdown()
+        if is_ours:
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def location(value: str, what: str) -> str:

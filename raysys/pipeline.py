@@ -18,6 +18,8 @@ from raysys.queries import Queries
 NUM_CANDIDATES = 200
 """Items that retrieval hands to ranking."""
 
+JUDGED = 50
+"""Places of an answer that get the judge's probability: it costs as much as the rest of ranking, and lists are rarely longer."""
 LIVE_FIRST_RANK = 3
 """Best place (0-based) a brand-new item can take: it displaces nobody from the very top unseen."""
 LIVE_MAX_RANK = 15
@@ -144,14 +146,17 @@ class Pipeline:
         """Scores to order candidates by, and calibrated probabilities.
 
         Returns:
-            (B, K) float32 scores (-inf at padding) and (B, K) float32 P(positive event | shown), NaN where not calibrated.
+            (B, K) float32 scores (-inf at padding) and (B, K) float32 P(positive event | shown), NaN where not calibrated and, where
+            there is a judge, beyond the first JUDGED places.
         """
         if self.ranker is None:
             return candidates.fused, np.full(candidates.items.shape, np.nan, np.float32)
         logits, probabilities = self.ranker.score(queries, candidates)
-        if self.ranker_weight == 0.0:
-            return candidates.fused, probabilities
-        return mix_scores(candidates.fused, logits, self.ranker_weight), probabilities
+        scores = candidates.fused if self.ranker_weight == 0.0 else mix_scores(candidates.fused, logits, self.ranker_weight)
+        if self.ranker.judge is not None:
+            best = top_k(scores, JUDGED)
+            np.put_along_axis(probabilities, best, self.ranker.judged(queries, candidates.take(np.arange(len(queries)), best)), 1)
+        return scores, probabilities
 
     def recommend(self, queries: Queries, n: int, *, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The n best items a query, as (B, n) int32 rows (-1 padded), scores and probabilities."""
@@ -175,7 +180,7 @@ class Pipeline:
         if len(query.items) == 0:
             return [Reason("popularity")] * len(items)
         models = self.bundle.models
-        named = [name for name in ("covisit", "linear") if name in models]
+        named = [name for name in ("covisit", "recent", "linear") if name in models]
         because: dict[str, np.ndarray] = {name: models[name].contributions(query, items) for name in named}
         if self.content is not None:
             similar = self.content.item_vectors[query.items] @ self.content.item_vectors[items].T
@@ -259,10 +264,10 @@ def recommend_user(bundle: Bundle, user_id: str, k: int) -> Answer:
     history = bundle.histories.lookup(user_id)
     if history is None:
         empty = np.zeros(0, np.int64)
-        history = (empty.astype(np.int32), empty.astype(np.int8), empty)
-    items, events, times = history
+        history = (empty.astype(np.int32), empty.astype(np.int8), empty, empty.astype(np.float32))
+    items, events, times, values = history
     now = times[-1] if len(times) else bundle.manifest.get("watermark") or 0
-    queries = Queries(items, events, times, np.array([0, len(items)], np.int64), np.array([now], np.int64))
+    queries = Queries(items, events, times, values, np.array([0, len(items)], np.int64), np.array([now], np.int64))
     allowed = seen_mask(queries, bundle.items.num_rows) & available_mask(bundle)
     rows, scores, probabilities = Pipeline(bundle).recommend(queries, k, allowed=allowed)
     found = rows[0] >= 0

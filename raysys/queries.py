@@ -37,6 +37,7 @@ class Queries:
         items: (L,) int32 item rows in [0, N).
         events: (L,) int8 event type codes (position in the bundle's list of events).
         times: (L,) int64 UTC epoch seconds (an ordinal where the data has order only).
+        values: (L,) float32 what came with the event (a rating, seconds, a price), NaN where nothing did.
         indptr: (B+1,) int64; history b is `items[indptr[b]:indptr[b+1]]`.
         now: (B,) int64 time of the request, in the unit of `times`.
     """
@@ -44,6 +45,7 @@ class Queries:
     items: np.ndarray
     events: np.ndarray
     times: np.ndarray
+    values: np.ndarray
     indptr: np.ndarray
     now: np.ndarray
 
@@ -75,18 +77,42 @@ class Queries:
             self.items[first:last],
             self.events[first:last],
             self.times[first:last],
+            self.values[first:last],
             self.indptr[start : max(start, stop) + 1] - first,
             self.now[start:stop],
         )
 
+    def last(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The last events of each history as a matrix, left-aligned.
+
+        Args:
+            length: T, events a query at most.
+
+        Returns:
+            (B, T) int64 positions in the flat arrays, any valid one at padding (0 where there are no events at all), and (B, T) bool
+            where they are real; T is at least 1.
+        """
+        lengths = np.minimum(self.lengths, length)
+        columns = np.arange(max(1, int(lengths.max(initial=0))))
+        real = columns[None, :] < lengths[:, None]
+        at = (self.indptr[1:] - lengths)[:, None] + columns[None, :]
+        return np.where(real, at, 0), real
+
+    def take(self, rows: np.ndarray) -> "Queries":
+        """Any queries of the batch, in any order."""
+        lengths = self.lengths[rows]
+        indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        at = np.arange(indptr[-1]) + np.repeat(self.indptr[rows] - indptr[:-1], lengths)
+        return Queries(self.items[at], self.events[at], self.times[at], self.values[at], indptr, self.now[rows])
+
     @classmethod
     def stack(cls, parts: Sequence["Queries"]) -> "Queries":
         """The queries of one or more batches, one batch after the other."""
-        items, events, times, now = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("items", "events", "times", "now")
+        items, events, times, values, now = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("items", "events", "times", "values", "now")
         )
         lengths = np.concatenate([part.lengths for part in parts])
-        return cls(items, events, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), now)
+        return cls(items, events, times, values, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), now)
 
     @classmethod
     def from_lists(
@@ -95,12 +121,13 @@ class Queries:
         events: Sequence[Sequence[int]] | None = None,
         times: Sequence[Sequence[int]] | None = None,
         now: Sequence[int] | None = None,
+        values: Sequence[Sequence[float]] | None = None,
     ) -> "Queries":
-        """Build a batch from one list of item rows a user (defaults: code 0, time = position)."""
+        """Build a batch from one list of item rows a user (defaults: code 0, time = position, no values)."""
         lengths = np.array([len(history) for history in items], dtype=np.int64)
         indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
-        def flat(lists: Sequence[Sequence[int]], dtype: Any) -> np.ndarray:
+        def flat(lists: Sequence[Sequence[float]], dtype: Any) -> np.ndarray:
             return np.array([value for row in lists for value in row], dtype=dtype)
 
         flat_times = flat(times, np.int64) if times is not None else np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths)
@@ -108,6 +135,7 @@ class Queries:
             flat(items, np.int32),
             flat(events, np.int8) if events is not None else np.zeros(indptr[-1], np.int8),
             flat_times.astype(np.int64),
+            flat(values, np.float32) if values is not None else np.full(indptr[-1], np.nan, np.float32),
             indptr,
             np.array(now, np.int64) if now is not None else lengths.astype(np.int64),
         )

@@ -61,6 +61,7 @@ def hit_rate(bundle: Bundle, walks: np.ndarray) -> float:
         history.ravel().astype(np.int32),
         np.full(history.size, bundle.event_codes["rating"], np.int8),
         np.tile(np.arange(history.shape[1], dtype=np.int64), len(rows)),
+        np.full(history.size, np.nan, np.float32),
         np.arange(0, history.size + 1, history.shape[1]),
         np.full(len(rows), history.shape[1], np.int64),
     )
@@ -104,7 +105,7 @@ def test_the_loop_closes(folder):
         event = {"kind": "event", "event": "rating", "value": 5.0, "timestamp": now + step}
         log.append([{**event, "user_id": user, "item_id": f"item-{item:03d}"} for user, item in zip(people, items, strict=True)])
     eager = OnlineConfig(margin=0.05, lr=3e-3, epochs=10, batch_size=32)
-    report = run_online(at["registry"], at["events"], at["state"], once=True, config=eager)
+    report = run_online(at["registry"], at["events"], once=True, config=eager)
     assert report["status"] == "published" and report["events"] == 480
     gate = report["figures"]["gate"]["new"]
     assert gate["updated"]["ndcg@10"] > gate["serving"]["ndcg@10"] + 0.1, "on events that the judged update had not seen"
@@ -117,4 +118,4 @@ def test_the_loop_closes(folder):
     old = evaluate(at["prepared"], registry.bundle_uri(first.version), split="test", bootstrap=0)["final"]["ndcg@10"]
     kept = evaluate(at["prepared"], registry.bundle_uri(second.version), split="test", bootstrap=0)["final"]["ndcg@10"]
     assert kept > old - 0.15, "what was true before is not forgotten"
-    assert run_online(at["registry"], at["events"], at["state"], once=True)["status"] == "idle"
+    assert run_online(at["registry"], at["events"], once=True)["status"] == "idle"

@@ -1,4 +1,4 @@
-"""One dated page from the JSON that run.py left: ours by stage, and what others have published.
+"""One dated page from the JSON that the other benchmarks here left: ours by stage and what others have published, ranker, cold start.
 
     raysys bench quality/report runs/quality --hardware 2-cores
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _sections import bar_rows, cold_section, ranker_section  # noqa: E402
 from _sets import SETS  # noqa: E402
 
 from raysys import storage  # noqa: E402
@@ -43,24 +44,31 @@ def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
     """
     results = [storage.read_json(storage.join(folder, name)) for name in storage.list_dir(folder) if name.endswith(".json")]
     if not results:
-        raise SchemaError(f"{folder}: expected the JSON of benchmarks/quality/run.py, found none; run `raysys bench quality/run` first")
+        raise SchemaError(f"{folder}: expected the JSON of benchmarks/quality, found none; run `raysys bench quality/run` first")
     head = [
         f"# Quality, {hardware}, {date}",
         "",
-        "Leave-one-out, test part, all items ranked, seen items masked, ties at random. Settings were chosen on validation.",
+        "Where nothing else is said: leave-one-out, test part, all items ranked, seen items masked, ties at random.",
+        "Settings were chosen on validation.",
         "Published figures were not run here; they are quoted for the same files. `alone` is one retrieval source, `without` the fused",
         "retrieval without it, `any` whether one of the sources in use has the item among its best k.",
         "Intervals: bootstrap over users, 95%, of the first seed.",
     ]
     page = storage.join(out, f"{hardware}_{date}.md")
+    peers = {result["data"]: result for result in results if result.get("kind") == "peers"}
+    results = [result for result in results if result.get("kind") != "peers"]
     order = {name: index for index, name in enumerate(SETS)}
-    sections = [section(result) for result in sorted(results, key=lambda result: (order[result["data"]], result["name"]))]
+    kinds = {"ranker": ranker_section, "cold": cold_section}
+    results.sort(key=lambda result: (order.get(result.get("data"), len(order)), result["name"]))
+    sections = [
+        kinds[result["kind"]](result) if result.get("kind") in kinds else section(result, peers.get(result["data"])) for result in results
+    ]
     storage.write_bytes(page, "\n".join([*head, *sections, ""]).encode())
     return page
 
 
-def section(result: dict) -> str:
-    """Bars, ours by stage, published."""
+def section(result: dict, peers: dict | None = None) -> str:
+    """Bars, ours by stage, peers trained on the same machine, published."""
     runs, about = result["runs"], result["about"]
     seconds = [run["seconds"] for run in runs]
     peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"]]
@@ -74,7 +82,7 @@ def section(result: dict) -> str:
         "| bar | wanted | measured | met |",
         "|---|---|---|---|",
     ]
-    lines += [f"| {bar['what']} | {bar['bar']:g} | {bar['measured']:.4g} | {'yes' if bar['met'] else '**no**'} |" for bar in result["bars"]]
+    lines += bar_rows(result)
     lines += ["", "| who | recall@10 | ndcg@10 | 95% interval of ndcg@10 | recall@200 | weight |", "|---|---|---|---|---|---|"]
     metrics = [run["metrics"] for run in runs]
     rows = [(f"raysys, {stage}", [run[stage] for run in metrics]) for stage in STAGES]
@@ -83,6 +91,10 @@ def section(result: dict) -> str:
     rows += [(f"without: {name}", [run["left_out"][name] for run in metrics]) for name in common(run["left_out"] for run in metrics)]
     rows += [("any", [run["union"] for run in metrics])]
     lines += [f"| {title} | {' | '.join(cells(figures))} |" for title, figures in rows]
+    for row in peers["rows"] if peers else ():
+        low, high = row["ndcg@10_interval"]
+        title = f"trained here, {row['seconds'] / 60:.0f} minutes: {row['series']}"
+        lines.append(f"| {title} | {row['recall@10']:.4f} | {row['ndcg@10']:.4f} | {low:.4f} to {high:.4f} | | |")
     lines += [
         f"| published: {who} | {shown(recall)} | {shown(ndcg)} | | | |" for who, (recall, ndcg) in SETS[result["data"]].published.items()
     ]

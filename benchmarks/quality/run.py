@@ -9,14 +9,12 @@ not done again: started a second time, the benchmark goes on where it was. Leave
 """
 
 import argparse
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "scale"))
-from _memory import measured  # noqa: E402
+from _commands import commit, raysys  # noqa: E402
 from _sets import SETS  # noqa: E402
 
 from raysys import storage  # noqa: E402
@@ -86,17 +84,9 @@ def one_seed(folder: Path, prepared: Path, seed: int, arguments: argparse.Namesp
     return result
 
 
-def raysys(command: list[str], log: Path):
-    """Run a command of raysys, its output in a log; what it took."""
-    return measured([sys.executable, "-m", "raysys.cli", *command], hertz=1.0, log=str(log))
-
-
 def as_told(name: str, label: str, runs: list[dict], arguments: argparse.Namespace) -> dict:
     """Everything the report needs, JSON-ready."""
-    known, commit = (
-        SETS[name],
-        subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent),
-    )
+    known = SETS[name]
     finals = [run["metrics"]["final"] for run in runs]
     mean = {key: sum(final[key] for final in finals) / len(finals) for key in ("recall@10", "ndcg@10")}
     minutes = max(run["seconds"] for run in runs) / 60
@@ -111,7 +101,7 @@ def as_told(name: str, label: str, runs: list[dict], arguments: argparse.Namespa
             {"what": "ndcg@10", "bar": known.ndcg, "measured": mean["ndcg@10"], "met": mean["ndcg@10"] >= known.ndcg},
             {"what": "minutes of training, longest seed", "bar": known.minutes, "measured": minutes, "met": minutes <= known.minutes},
         ],
-        "about": {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit.stdout.strip()},
+        "about": {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()},
     }
 
 

@@ -1,32 +1,39 @@
-"""The online loop on a real timeline: gain of learning, recovery from a flip of tastes, event to model, hot swaps under load.
+"""The online loop on a real timeline: gain of learning, recovery from a flip of tastes, hot swaps under load, event to model.
 
     raysys import recbole ML100K --out DATA
-    raysys bench realtime/replay --data DATA --out runs/realtime [--events 0] [--only replay|flip|swaps]
+    raysys bench realtime/replay --data DATA --out runs/realtime [--events 0] [--only replay|flip|swaps|age]
 
 Leaves `replay.json` in the shape that benchmarks/scale/README.md describes, and the plots of both replays beside it. A bar is
-judged only on the whole of the last 20% of the data (`--events 0`); a shorter run leaves `met` null. Services run one
-after the other, on this machine, with the learner.
+judged only on the whole of the last 20% of the data (`--events 0`); a shorter run leaves `met` null. `age` sends events at a steady
+pace while a learner runs as `raysys online` does, with its default interval. Services run one after the other, on this machine, with
+the learner. With `--only` the file is `replay-PART.json`.
 """
 
 import argparse
 import http.client
+import itertools
 import json
 import shutil
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from raysys import storage
 from raysys.bundle import Bundle
+from raysys.errors import RaysysError
 from raysys.online.config import OnlineConfig
-from raysys.online.learner import Learner
+from raysys.online.learner import INTERVAL_S, Learner
 from raysys.online.simulate import Client, SimulateConfig, first_model, simulate, split
 from raysys.registry import Registry
 from raysys.serve.launch import running_service
 
 REQUESTS, SWAPS, CLIENTS = 5000, 10, 4
 WITHIN_EVENTS, WITHIN_S, GAIN = 2000, 60.0, 0.15
+AGE_ROUNDS, AGE_PAUSE_S = 4, 0.05
+"""Versions waited for, and the pause between events, where the age of what a new version has learnt is measured."""
+VISIBLE_MS = 100.0
 
 
 def main() -> None:
@@ -38,7 +45,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=500)
     parser.add_argument("--train-epochs", type=int, default=10)
     parser.add_argument("--requests", type=int, default=REQUESTS)
-    parser.add_argument("--only", choices=["replay", "flip", "swaps"], default=None)
+    parser.add_argument("--only", choices=["replay", "flip", "swaps", "age"], default=None)
     arguments = parser.parse_args()
     config = SimulateConfig(
         max_events=arguments.events, learn_every=arguments.learn_every, window=arguments.window, train_epochs=arguments.train_epochs
@@ -61,6 +68,8 @@ def main() -> None:
         bars.append(
             bar("oldest event of a round -> answered by the new version, s", f"<= {WITHIN_S:.0f}", slowest, WITHIN_S, whole, most=True)
         )
+        shown = result["figures"].get("event answered -> next answer, p99 ms, on")
+        bars.append(bar("event answered -> changed recommendation, p99 ms", f"<= {VISIBLE_MS:.0f}", shown, VISIBLE_MS, whole, most=True))
         shutil.copy(Path(work) / "plain" / "replay.png", Path(arguments.out) / "replay.png")
     if arguments.only in (None, "flip"):
         result = simulate(arguments.data, storage.join(work, "flip"), replace(config, flip=0.5), model=bundle)
@@ -75,9 +84,16 @@ def main() -> None:
         enough = found["requests"] >= REQUESTS and found["swaps"] >= SWAPS
         for name in ("failures", "mixed"):
             bars.append(bar(f"{REQUESTS} requests across {SWAPS} hot swaps, {name}", "0", found[name], 0, enough, most=True))
+    if arguments.only in (None, "age"):
+        found_ages = age(bundle, tail, storage.join(work, "age"))
+        rows += found_ages
+        oldest = max(one["oldest_event_to_answer_s"] for one in found_ages)
+        what = f"oldest event learnt -> first answer of the version, interval {INTERVAL_S:.0f} s"
+        bars.append(bar(what, f"<= {WITHIN_S:.0f}", oldest, WITHIN_S, True, most=True))
     about = {"data": arguments.data, "events": str(arguments.events or "all"), "learn_every": str(arguments.learn_every)}
+    name = f"replay-{arguments.only}" if arguments.only else "replay"
     storage.write_json(
-        storage.join(arguments.out, "replay.json"), {"name": "replay", "rows": rows, "figures": figures, "bars": bars, "about": about}
+        storage.join(arguments.out, f"{name}.json"), {"name": name, "rows": rows, "figures": figures, "bars": bars, "about": about}
     )
     for name, value in figures.items():
         print(f"{name}: {'-' if value is None else f'{value:.4g}'}")
@@ -118,7 +134,8 @@ def swaps(bundle: str, tail: dict[str, list], folder: str, requests: int) -> dic
     registry.publish(bundle)
     rows_by_version: dict[str, set[str]] = {registry.current().version: set(Bundle.open(bundle, only=()).item_ids)}
     answers: list[tuple[str | None, list[dict]]] = []
-    failures: list[int] = []
+    answered: set[str] = set()
+    failures: Counter[str] = Counter()
     done, lock = threading.Event(), threading.Lock()
 
     def ask(url: str, first: int) -> None:
@@ -130,16 +147,18 @@ def swaps(bundle: str, tail: dict[str, list], folder: str, requests: int) -> dic
                 status, answer = 0, {}
             with lock:
                 if status != 200 or answer.get("degraded"):
-                    failures.append(status)
+                    failures[f"HTTP {status} {answer.get('degraded_reason')}"] += 1
                 else:
                     answers.append((answer["model_version"], answer["items"]))
-                if len(answers) + len(failures) >= requests and len(rows_by_version) > SWAPS:
+                    answered.add(answer["model_version"])
+                if len(answers) + failures.total() >= requests and len(answered) > SWAPS:
                     done.set()
             at += CLIENTS
 
     started = time.perf_counter()
     with running_service(**places, port=8077) as url:
-        learner = Learner(places["registry"], places["events"], OnlineConfig(epochs=0, margin=1.0))
+        # What is learnt does not matter here, so rounds are as short as they can be and nothing is judged by a few events.
+        learner = Learner(places["registry"], places["events"], OnlineConfig(epochs=0, margin=1.0, holdout_share=0.0, anchor_users=20))
         threads = [threading.Thread(target=ask, args=(url, n)) for n in range(CLIENTS)]
         for thread in threads:
             thread.start()
@@ -155,6 +174,7 @@ def swaps(bundle: str, tail: dict[str, list], folder: str, requests: int) -> dic
                     )
                     at = (at + 1) % len(tail["user_id"])
                 report = learner.round()
+                print(f"{time.perf_counter() - started:6.1f} s  {report['status']} {report.get('reason', '')}", flush=True)
                 if report["status"] == "published":
                     known = Bundle.open(registry.bundle_uri(report["version"]), only=()).item_ids
                     rows_by_version[report["version"]] = set(known)
@@ -163,12 +183,57 @@ def swaps(bundle: str, tail: dict[str, list], folder: str, requests: int) -> dic
         finally:
             done.set()
     return {
-        "requests": len(answers) + len(failures),
+        "requests": len(answers) + failures.total(),
         "swaps": len({version for version, _ in answers}) - 1,
-        "failures": len(failures),
+        "failures": failures.total(),
+        "why": ", ".join(f"{count} x {why}" for why, count in failures.items()) or "-",
         "mixed": sum(is_mixed(version, items, rows_by_version) for version, items in answers),
         "seconds": time.perf_counter() - started,
     }
+
+
+def age(bundle: str, tail: dict[str, list], folder: str) -> list[dict]:
+    """Seconds from the oldest event that a version learnt to the first answer of that version, a version a row."""
+    places = {name: storage.join(folder, name) for name in ("registry", "events", "state")}
+    for place in places.values():
+        storage.remove(place)
+    Registry(places["registry"]).publish(bundle)
+    learner, reports, done = Learner(places["registry"], places["events"], OnlineConfig()), [], threading.Event()
+
+    def learn() -> None:
+        while not done.wait(INTERVAL_S):
+            report = learner.round()
+            reports.append({**report, "ended": time.time()})
+            print(f"{report['status']}: {report['events']} events, {report.get('seconds', 0)} s {report.get('reason', '')}", flush=True)
+
+    answered: dict[str, float] = {}
+    with running_service(**places, port=8077) as url:
+        client, thread = Client(url), threading.Thread(target=learn)
+        thread.start()
+        try:
+            for at in itertools.count():
+                user, item = (tail[name][at % len(tail["user_id"])] for name in ("user_id", "item_id"))
+                client.post("/v1/events", {"events": [{"user_id": user, "item_id": item, "event": "rating", "value": 5}]})
+                answered.setdefault(client.post("/v1/recommend", {"user_id": user, "n": 1})["model_version"], time.time())
+                if sum(one.get("version") in answered for one in reports if one["status"] == "published") >= AGE_ROUNDS:
+                    break
+                if len(reports) > 3 * AGE_ROUNDS:
+                    raise RaysysError(f"{AGE_ROUNDS} versions expected of {len(reports)} rounds, found {len(answered) - 1} in answers")
+                time.sleep(AGE_PAUSE_S)
+        finally:
+            done.set()
+            thread.join()
+    return [
+        {
+            "series": "age of what is learnt",
+            "events": one["events"],
+            "round_s": one["seconds"],
+            "oldest_event_to_published_s": one["oldest_event_s"],
+            "oldest_event_to_answer_s": one["oldest_event_s"] + answered[one["version"]] - one["ended"],
+        }
+        for one in reports
+        if one["status"] == "published" and one["version"] in answered
+    ]
 
 
 def is_mixed(version: str | None, items: list[dict], rows_by_version: dict[str, set[str]]) -> bool:

@@ -141,6 +141,7 @@ def end_to_end(arguments: argparse.Namespace, out: str) -> dict:
         pa.array(rng.integers(0, items, total), pa.int32()),
         pa.array(np.ones(total), pa.int8()),
         pa.array(np.arange(total), pa.int64()),
+        pa.array(np.full(total, np.nan), pa.float32()),
     ]
     keys = pa.array([row.to_bytes(16, "big") for row in range(users)], pa.binary(16))
     histories = Histories(pa.table([keys, *(pa.ListArray.from_arrays(offsets, values) for values in flat)], schema=HISTORY_SCHEMA), 50)

@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("folder", help="where the benchmarks left their JSON")
     parser.add_argument("--hardware", required=True, help="short name of the machine, part of the file's name, such as 2-cores")
     parser.add_argument("--out", default=str(Path(__file__).parent), help="folder of the report")
+    parser.add_argument("--title", default="Scale")
     arguments = parser.parse_args()
     try:
         page = write_report(arguments.folder, arguments.out, hardware=arguments.hardware, date=datetime.now(UTC).date().isoformat())

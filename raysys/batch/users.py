@@ -107,7 +107,7 @@ class Histories:
         if prepared is None:
             table = bundle.histories.table
             self.keys = table["user_key"].combine_chunks()
-            self.offsets, (self.items, self.events, self.times) = _flat_lists(table)
+            self.offsets, (self.items, self.events, self.times, self.values) = _flat_lists(table)
             return
         self.user_ids = prepared.users()[USER_ID].combine_chunks()
         item_ids = prepared.items()[ITEM_ID].to_pylist()
@@ -131,27 +131,27 @@ class Histories:
         lengths = stops - starts
         indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         take = np.arange(indptr[-1]) - np.repeat(indptr[:-1] - starts, lengths)
-        return self._queries(self.items[take], self.events[take], self.times[take], indptr)
+        return self._queries(self.items[take], self.events[take], self.times[take], self.values[take], indptr)
 
     def _of_file(self, file: str) -> tuple[pa.Array, Queries]:
         table = storage.read_table(file).sort_by(USER_IDX)
-        offsets, (items, events, times) = _flat_lists(table)
+        offsets, (items, events, times, values) = _flat_lists(table)
         known = (self.rows[items] != UNKNOWN_ITEM) & self.history[events]
         indptr = np.concatenate([[0], np.cumsum(known)])[offsets].astype(np.int64)
-        queries = self._queries(self.rows[items[known]], self.codes[events[known]], times[known], indptr)
+        queries = self._queries(self.rows[items[known]], self.codes[events[known]], times[known], values[known], indptr)
         return self.user_ids.take(table[USER_IDX].combine_chunks()), queries
 
-    def _queries(self, items: np.ndarray, events: np.ndarray, times: np.ndarray, indptr: np.ndarray) -> Queries:
+    def _queries(self, items: np.ndarray, events: np.ndarray, times: np.ndarray, values: np.ndarray, indptr: np.ndarray) -> Queries:
         # As `recommend_user` does: a user without history is asked at the data's watermark.
         now = np.full(len(indptr) - 1, self.bundle.manifest.get("watermark") or 0, np.int64)
         filled = np.diff(indptr) > 0
         now[filled] = times[indptr[1:][filled] - 1]
-        return Queries(items, events, times, indptr, now)
+        return Queries(items, events, times, values, indptr, now)
 
 
 def _flat_lists(table: pa.Table) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(U+1,) int64 offsets, and item rows, event codes and times of all users in one array each."""
-    columns = [table[name].combine_chunks() for name in (ITEM_IDX, "event", "timestamp")]
+    """(U+1,) int64 offsets, and item rows, event codes, times and values of all users in one array each."""
+    columns = [table[name].combine_chunks() for name in (ITEM_IDX, "event", "timestamp", "value")]
     columns = [column.chunk(0) if isinstance(column, pa.ChunkedArray) else column for column in columns]
     offsets = columns[0].offsets.to_numpy().astype(np.int64) if len(columns[0]) else np.zeros(1, np.int64)
     return offsets - offsets[0], [column.flatten().to_numpy(zero_copy_only=False) for column in columns]

@@ -8,7 +8,7 @@ from raysys.packing import packed, unpacked
 
 ALWAYS = ("popularity", "content", "ranker")
 """Kept whatever their weight: popularity answers to strangers, content places new items, the ranker gives probabilities."""
-SPARSE = {"linear": "coefficients", "covisit": "counts"}
+SPARSE = {"linear": "coefficients", "covisit": "counts", "recent": "counts"}
 """Sources that are a sparse matrix -> the name of its values."""
 
 

@@ -3,7 +3,8 @@
 Legend: B queries, N items of the catalogue, K candidates, S sources.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -29,6 +30,21 @@ class Candidates:
     fused: np.ndarray
     log_probs: np.ndarray
     sources: tuple[str, ...]
+
+    def __getitem__(self, rows: slice) -> "Candidates":
+        """Those of some queries."""
+        return replace(self, items=self.items[rows], fused=self.fused[rows], log_probs=self.log_probs[rows])
+
+    def take(self, rows: np.ndarray, columns: np.ndarray) -> "Candidates":
+        """(b, k) of them: (b,) rows in any order, (b, k) columns of each."""
+        at = (rows[:, None], columns)
+        return replace(self, items=self.items[at], fused=self.fused[at], log_probs=self.log_probs[at])
+
+    @classmethod
+    def stack(cls, parts: Sequence["Candidates"]) -> "Candidates":
+        """Those of one or more batches, one batch after the other."""
+        items, fused, log_probs = (np.concatenate([getattr(part, name) for part in parts]) for name in ("items", "fused", "log_probs"))
+        return cls(items, fused, log_probs, parts[0].sources)
 
 
 @runtime_checkable

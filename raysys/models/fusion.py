@@ -107,7 +107,7 @@ def choose_fusion(
     Returns:
         The fusion, and the report of `judge_fusion` on the same queries.
     """
-    pools = _Pools(sources, targets, allowed, keep=keep, chunk=chunk)
+    pools = Pools(sources, targets, allowed, keep=keep, chunk=chunk)
     names = list(sources)
     # A model's own softmax is what its loss calibrated; scores of the others have no such scale, so theirs is searched.
     temperatures = {name: 1.0 for name in names}
@@ -140,14 +140,14 @@ def judge_fusion(
     chunk: int = 256,
 ) -> dict:
     """NDCG of a given mixture, of its sources alone, and of it without each; arguments as for `choose_fusion`."""
-    return _report(fusion, _Pools(sources, targets, allowed, keep=keep, chunk=chunk), cutoff)
+    return _report(fusion, Pools(sources, targets, allowed, keep=keep, chunk=chunk), cutoff)
 
 
 NOT_JUDGED: dict = {"alone": {}, "left_out": {}, "fused": None, "queries": 0}
 """The report where there is nothing to judge on."""
 
 
-def _report(fusion: Fusion, pools: "_Pools", cutoff: int) -> dict:
+def _report(fusion: Fusion, pools: "Pools", cutoff: int) -> dict:
     temperatures = fusion.temperatures
     used = {name: weight for name, weight in fusion.weights.items() if weight > 0}
     return {
@@ -205,8 +205,15 @@ def _refine(
     return weights, temperatures, best
 
 
-class _Pools:
-    """For each query the items that can matter, with every source's score and softmax normaliser per temperature."""
+class Pools:
+    """For each of V queries the P items that can matter, with every source's score and softmax normaliser per temperature.
+
+    Attributes:
+        scores: name -> (V, P) float32; column 0 is the target.
+        valid: (V, P) bool, items that may be answered, each once.
+        hits: (V,) bool, whether the target may be answered at all.
+        spread: name -> median distance of the first from the hundredth score.
+    """
 
     def __init__(self, sources: Mapping[str, Callable], targets: np.ndarray, allowed: Callable, *, keep: int, chunk: int):
         self.spread: dict[str, float] = {}
@@ -238,40 +245,47 @@ class _Pools:
                 peak = values.max(axis=1, keepdims=True)
                 shifted = np.maximum(values - peak, np.float32(-6e4)).astype(np.float16)
                 self._full[name].append((shifted, peak[:, 0]))
-        self._scores = {name: np.concatenate(values) for name, values in parts.items()}
-        self._valid, self._hits = np.concatenate(valid), np.concatenate(hits)
+        self.scores = {name: np.concatenate(values) for name, values in parts.items()}
+        self.valid, self.hits = np.concatenate(valid), np.concatenate(hits)
         self._probabilities: dict[tuple[str, float], np.ndarray] = {}
         self._normalisers: dict[tuple[str, float], np.ndarray] = {}
-        for name, values in self._scores.items():
-            peaks = np.where(self._valid, values, -np.inf).max(axis=1)
-            top = np.sort(np.where(self._valid, values, -np.inf), axis=1)[:, -min(100, values.shape[1])]
+        for name, values in self.scores.items():
+            peaks = np.where(self.valid, values, -np.inf).max(axis=1)
+            top = np.sort(np.where(self.valid, values, -np.inf), axis=1)[:, -min(100, values.shape[1])]
             gaps = (peaks - top)[np.isfinite(peaks - top)]
             self.spread[name] = float(max(np.median(gaps), 1e-3)) if len(gaps) else 1.0
 
     def __len__(self) -> int:
-        return len(self._hits)
+        return len(self.hits)
 
     def ndcg(self, weights: Mapping[str, float], temperatures: Mapping[str, float], cutoff: int) -> float:
+        """Mean NDCG at a cut-off of the mixture."""
         used = {name: weight for name, weight in weights.items() if weight > 0}
         if not used:
             return 0.0
         mixture = sum(weight * self._probability(name, temperatures[name]) for name, weight in used.items())
         assert isinstance(mixture, np.ndarray)
         target = mixture[:, :1]
-        ranks = ((mixture > target) & self._valid).sum(axis=1)
+        ranks = ((mixture > target) & self.valid).sum(axis=1)
         # Ties count half: a source that cannot tell items apart must not look good.
-        ranks = ranks + 0.5 * ((mixture == target) & self._valid)[:, 1:].sum(axis=1)
-        return float(np.where(self._hits & (ranks < cutoff), 1.0 / np.log2(ranks + 2.0), 0.0).mean())
+        ranks = ranks + 0.5 * ((mixture == target) & self.valid)[:, 1:].sum(axis=1)
+        return float(np.where(self.hits & (ranks < cutoff), 1.0 / np.log2(ranks + 2.0), 0.0).mean())
 
     def _probability(self, name: str, temperature: float) -> np.ndarray:
         key = (name, round(temperature, 9))
         if key not in self._probabilities:
             if len(self._probabilities) > KEPT_PROBABILITIES:
                 self._probabilities.pop(next(iter(self._probabilities)))
-            inverse = np.float32(1.0 / temperature)
-            if key not in self._normalisers:  # a number a query, but made from the whole catalogue: never twice
-                masses = [np.exp(shifted.astype(np.float32) * inverse).sum(axis=1) for shifted, _ in self._full[name]]
-                peaks = np.concatenate([peak for _, peak in self._full[name]])
-                self._normalisers[key] = peaks * inverse + np.log(np.concatenate(masses))
-            self._probabilities[key] = np.exp(self._scores[name] * inverse - self._normalisers[key][:, None])
+            exponents = self.scores[name] * np.float32(1.0 / temperature) - self.log_normaliser(name, temperature)[:, None]
+            self._probabilities[key] = np.exp(exponents)
         return self._probabilities[key]
+
+    def log_normaliser(self, name: str, temperature: float) -> np.ndarray:
+        """(V,) float32 log of the sum of exp(score / temperature) over the whole catalogue."""
+        key = (name, round(temperature, 9))
+        if key not in self._normalisers:  # a number a query, but made from the whole catalogue: never twice
+            inverse = np.float32(1.0 / temperature)
+            masses = [np.exp(shifted.astype(np.float32) * inverse).sum(axis=1) for shifted, _ in self._full[name]]
+            peaks = np.concatenate([peak for _, peak in self._full[name]])
+            self._normalisers[key] = peaks * inverse + np.log(np.concatenate(masses))
+        return self._normalisers[key]

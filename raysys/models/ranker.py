@@ -1,14 +1,16 @@
-"""The ranker: target attention over the history, crossed with what retrieval knows; two heads.
+"""The ranker: target attention over the history, crossed with what retrieval knows; relevance and a probability.
 
-`relevance` orders the candidates (trained listwise); `like` is P(positive
-event | item shown), calibrated. Holds frozen copies of the vectors it needs,
-so that a ranking replica loads nothing else. Features do not depend on which
-other candidates stand in the list: one item alone gets the same probability.
+`relevance` orders the candidates (trained listwise). The probability comes from
+the judge where events tell liked items from others (`judge.py`); else from the
+head `next`, P(the item is the next one | retrieved). Holds frozen copies of the
+vectors it needs, so that a ranking replica loads nothing else. Features do not
+depend on which other candidates stand in the list: one item alone gets the same probability.
 
 Legend: B queries, K candidates, S sources, T history positions, D item dimension, C content dimension, A attention width, F features.
 Source: Zhou et al., "Deep Interest Network", KDD 2018 (target attention).
 """
 
+import copy
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -17,10 +19,15 @@ from torch import Tensor, nn
 
 from raysys.models.base import Arrays, Candidates, Meta
 from raysys.models.interest import left_aligned
+from raysys.models.judge import LOG_PROB_FLOOR, Judge
+from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
 
-LOG_PROB_FLOOR = -20.0
-"""Log-probabilities are cut here: below it a source says "no", how loudly is noise."""
+LABEL = "the user's next event, given a retrieved item"
+NEGATIVES = "other retrieved candidates"
+FROZEN = ("item_vectors", "content_vectors", "popularity")
+JUDGE = "judge/"
+"""Prefix of the arrays of the judge."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class RankerConfig:
     negatives: int = 60
     """Candidates a query that a step looks at besides the target, half of them the best retrieved, half random."""
     calibration_share: float = 0.2
-    """Share of the queries kept for calibration and early stopping."""
+    """Share of the queries kept for early stopping, and for the calibration of `next`."""
 
 
 class RankerNetwork(nn.Module):
@@ -82,9 +89,11 @@ class RankerNetwork(nn.Module):
         self.register_buffer("std", torch.ones(self.num_dense))
         self.hidden = nn.Sequential(nn.Linear(features, config.hidden), nn.GELU(), nn.Dropout(config.dropout))
         self.relevance = nn.Linear(config.hidden, 1)
-        self.like = nn.Linear(config.hidden, 1)
-        nn.init.zeros_(self.relevance.weight)  # starts as retrieval order
-        self.like_slope = nn.Parameter(torch.zeros(()))
+        self.next = nn.Linear(config.hidden, 1)
+        for head in (self.relevance, self.next):  # both start as retrieval's own order and probability
+            nn.init.zeros_(head.weight)
+        nn.init.zeros_(self.next.bias)
+        self.next_slope = nn.Parameter(torch.ones(()))
 
     def dense(self, history_BT: Tensor, lengths_B: Tensor, items_BK: Tensor, fused_BK: Tensor, log_probs_BKS: Tensor) -> Tensor:
         """(B, K, S + 7) features that need no learning."""
@@ -109,7 +118,7 @@ class RankerNetwork(nn.Module):
     def forward(
         self, history_BT: Tensor, lengths_B: Tensor, items_BK: Tensor, fused_BK: Tensor, log_probs_BKS: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(B, K) relevance and (B, K) like logits.
+        """(B, K) relevance and (B, K) logits of being the next item.
 
         Args:
             history_BT: (B, T) int64 left-aligned, padded with N; T >= 1.
@@ -129,14 +138,7 @@ class RankerNetwork(nn.Module):
         crossed_BKA = attended_BKA * self.candidate(candidates_BKD)
         dense = (self.dense(history_BT, lengths_B, items_BK, fused_BK, log_probs_BKS) - self.mean) / self.std
         hidden = self.hidden(torch.cat([dense, attended_BKA, crossed_BKA], dim=2))
-        return self.relevance(hidden)[..., 0] + fused_BK, self.like(hidden)[..., 0] + self.like_slope * fused_BK
-
-    def start_from_retrieval(self) -> None:
-        """Let `like` begin as retrieval's own probability: right where it means "is the next item", not where it means "is liked"."""
-        with torch.no_grad():
-            self.like_slope.fill_(1.0)
-            self.like.weight.zero_()
-            self.like.bias.zero_()
+        return self.relevance(hidden)[..., 0] + fused_BK, self.next(hidden)[..., 0] + self.next_slope * fused_BK
 
 
 class Ranker:
@@ -145,29 +147,37 @@ class Ranker:
     Args:
         network: trained.
         sources: S names, in the order of `Candidates.log_probs`.
-        calibration: (slope, intercept) of the like logit; None where it could not be calibrated, probabilities are then NaN.
-        label: what `like` means.
-        negatives: what it was told apart from.
+        calibration: (slope, intercept) of the `next` logit; None where it could not be calibrated, probabilities are then NaN.
+        judge: gives the probabilities instead, over the tables of the network; None where no event tells what is liked.
     """
 
     name = "ranker"
 
     def __init__(
-        self, network: RankerNetwork, sources: tuple[str, ...], *, calibration: tuple[float, float] | None, label: str, negatives: str
+        self, network: RankerNetwork, sources: tuple[str, ...], *, calibration: tuple[float, float] | None, judge: Judge | None = None
     ):
-        self.network, self.sources, self.calibration = network.eval(), tuple(sources), calibration
-        self.label, self.negatives = label, negatives
+        self.network, self.sources, self.calibration, self.judge = network.eval(), tuple(sources), calibration, judge
+
+    @property
+    def label(self) -> str:
+        """What the probability is of."""
+        return LABEL if self.judge is None else self.judge.label
+
+    @property
+    def negatives(self) -> str:
+        """What it was told apart from."""
+        return NEGATIVES if self.judge is None else self.judge.negatives
 
     def to(self, device: str) -> None:
         """Compute on this device of torch from now on."""
         self.network.to(device)
 
     def score(self, queries: Queries, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
-        """Relevance logits and calibrated probabilities.
+        """Relevance logits, and probabilities of being the next item.
 
         Returns:
             (B, K) float32 logits, -inf at padding; (B, K) float32 probabilities, NaN at padding, for empty histories
-            (the ranker has not learnt from any) and where not calibrated.
+            (the ranker has not learnt from any), where not calibrated and where there is a judge, who is asked by `judged`.
 
         Raises:
             ValueError: the candidates lack a source that the ranker was trained with.
@@ -181,38 +191,92 @@ class Ranker:
         with torch.inference_mode():
             device = self.network.popularity.device
             inputs = network_inputs(self.network, queries, candidates)
-            relevance, like = (logits.cpu() for logits in self.network(*(tensor.to(device) for tensor in inputs)))
+            relevance, following = (logits.cpu() for logits in self.network(*(tensor.to(device) for tensor in inputs)))
         logits = relevance.numpy()
         logits[padding] = -np.inf
         if self.calibration is None:
-            return logits, np.full(logits.shape, np.nan, np.float32)
-        slope, intercept = self.calibration
-        probabilities = 1.0 / (1.0 + np.exp(-np.clip(slope * like.numpy() + intercept, -30, 30)))
+            probabilities = np.full(logits.shape, np.nan, np.float32)
+        else:
+            slope, intercept = self.calibration
+            probabilities = 1.0 / (1.0 + np.exp(-np.clip(slope * following.numpy() + intercept, -30, 30)))
         probabilities[padding | (queries.lengths == 0)[:, None]] = np.nan
         return logits, probabilities.astype(np.float32)
+
+    def judged(self, queries: Queries, candidates: Candidates) -> np.ndarray:
+        """(B, K) float32 calibrated P(positive event | taken) by the judge, NaN at padding and for empty histories."""
+        assert self.judge is not None
+        probabilities = self.judge.probabilities(queries, candidates)
+        probabilities[(candidates.items < 0) | (queries.lengths == 0)[:, None]] = np.nan
+        return probabilities
+
+    def judged_by(self, judge: Judge | None) -> "Ranker":
+        """The same with another judge."""
+        return Ranker(self.network, self.sources, calibration=self.calibration, judge=judge)
+
+    def counted(self, sequences: Sequences, new: np.ndarray) -> "Ranker":
+        """With more events in its counts by item; weights stay as trained.
+
+        Args:
+            sequences: histories with the new events in their place.
+            new: (E,) bool.
+        """
+        network = copy.deepcopy(self.network)
+        counts = np.bincount(sequences.items[new], minlength=len(network.popularity)).astype(np.float32)
+        network.popularity = torch.log1p(torch.expm1(network.popularity) + torch.from_numpy(counts))
+        judge = self.judge
+        if judge is not None:
+            judge = judge.with_opinions(judge.opinions.update(sequences, new))
+        return Ranker(network, self.sources, calibration=self.calibration, judge=judge)
+
+    def grown(self, mix: np.ndarray, content: np.ndarray) -> "Ranker":
+        """With rows for M new items; the row of padding stays the last.
+
+        Args:
+            mix: (M, N) float32 what known items a new one is like; rows sum to 1.
+            content: (M, C) content vectors; a ranker of a bundle without content has width 0.
+        """
+        old = self.network
+        fresh = torch.from_numpy(content[:, : old.content_vectors.shape[1]])
+        vectors, content_vectors, popularity = (
+            torch.cat([table[:-1], added, table[-1:]])
+            for table, added in (
+                (old.item_vectors, torch.from_numpy(mix) @ old.item_vectors[:-1]),
+                (old.content_vectors, fresh),
+                (old.popularity, torch.zeros(len(mix))),
+            )
+        )
+        network = RankerNetwork(vectors, content_vectors, popularity, len(self.sources), old.config)
+        tables = dict(zip(FROZEN, (vectors, content_vectors, popularity), strict=True))
+        network.load_state_dict({**old.state_dict(), **tables})
+        judge = self.judge
+        if judge is not None:
+            judge = judge.grown(len(mix), network.item_vectors.numpy(), network.content_vectors.numpy())
+        return Ranker(network, self.sources, calibration=self.calibration, judge=judge)
 
     def to_arrays(self) -> tuple[Arrays, Meta]:
         """Weights and frozen vectors, the latter in half precision."""
         arrays = {name: tensor.detach().cpu().numpy() for name, tensor in self.network.state_dict().items()}
         for name in ("item_vectors", "content_vectors"):
             arrays[name] = arrays[name].astype(np.float16)
-        return arrays, {
-            "config": asdict(self.network.config),
-            "sources": list(self.sources),
-            "calibration": self.calibration,
-            "label": self.label,
-            "negatives": self.negatives,
-        }
+        meta: Meta = {"config": asdict(self.network.config), "sources": list(self.sources), "calibration": self.calibration, "judge": None}
+        if self.judge is not None:
+            of_judge, meta["judge"] = self.judge.to_arrays()
+            arrays |= {f"{JUDGE}{name}": array for name, array in of_judge.items()}
+        return arrays, {**meta, "label": self.label, "negatives": self.negatives}
 
     @classmethod
     def from_arrays(cls, arrays: Arrays, meta: Meta) -> "Ranker":
         """The model back from `to_arrays`."""
-        tensors = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
-        frozen = (tensors["item_vectors"], tensors["content_vectors"], tensors["popularity"])
-        network = RankerNetwork(*frozen, len(meta["sources"]), RankerConfig(**meta["config"]))
-        network.load_state_dict(tensors)
+        own = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items() if not name.startswith(JUDGE)}
+        vectors, content, popularity = (own[name] for name in FROZEN)
+        network = RankerNetwork(vectors, content, popularity, len(meta["sources"]), RankerConfig(**meta["config"]))
+        network.load_state_dict(own)
         calibration = None if meta["calibration"] is None else tuple(meta["calibration"])
-        return cls(network, tuple(meta["sources"]), calibration=calibration, label=meta["label"], negatives=meta["negatives"])
+        judge = None
+        if meta["judge"] is not None:
+            of_judge = {name.removeprefix(JUDGE): array for name, array in arrays.items() if name.startswith(JUDGE)}
+            judge = Judge.from_arrays(of_judge, meta["judge"], network.item_vectors.numpy(), network.content_vectors.numpy())
+        return cls(network, tuple(meta["sources"]), calibration=calibration, judge=judge)
 
 
 def network_inputs(network: RankerNetwork, queries: Queries, candidates: Candidates) -> tuple[Tensor, ...]:

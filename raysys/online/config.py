@@ -23,14 +23,23 @@ class OnlineConfig:
     """Sequences a step."""
     lr: float = 2e-4
     """Peak learning rate of the fine-tuning, about a tenth of the training's."""
+    recent_half_life_days: float = 4.0
+    """A co-visitation of the learner's own forgets a pair by half in so many days of the data's time; 0 for none."""
+    mixture_events: int = 2000
+    """Newest events on which the weights and temperatures of the sources are refitted, at most."""
+    mixture_prior: float = 200.0
+    """Events that the present mixture counts for when it is refitted; 0 leaves it as it was trained."""
     threads: int = 1
     """Torch threads of a round; the learner mostly shares its machine with the service."""
     margin: float = 0.02
-    """NDCG@10 that an update may lose against the serving version, on either slice, before it is refused."""
+    """NDCG@10 that an update may lose against the serving version, on either slice and beyond one standard error, before it is refused."""
     max_log_loss_rise: float = 0.5
     """Nats by which the log loss of what users did next, under retrieval's distribution, may rise on either slice (calibration)."""
     max_drift: float = 0.5
     """Mean total variation between the serving and the updated distribution over the catalogue, for anchor users, in [0, 1]."""
+    proven_fall: float = 0.5
+    """Relative fall of the serving versions' hit rate, beyond two standard errors, that proves a change of tastes: what an update costs
+    users without news is then not held against it."""
     max_evaluated: int = 2000
     """Newest events scored in a round at most."""
     seed: int = 0

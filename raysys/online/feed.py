@@ -6,6 +6,7 @@ Only this part of the learner sees user ids; what leaves it is keyed by hash.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from raysys.schema import DEFAULT_EVENT, NON_HISTORY_EVENTS, SPLIT_TRAIN
 
 READ_AT_ONCE = 10_000
 """Records read from the log in one call."""
+Event = tuple[int, int, int, float]
+"""Item row, event code, time, value (NaN for none)."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Fresh:
         offset: of the log, after the last record read.
         num_records: records read, of all kinds.
         num_skipped: events left out: unknown items, duplicates.
+        oldest: when the service took in the first of the new usable events, UTC epoch seconds; None without any that say so.
         new_items: item id -> attributes of items upserted since that the bundle has no row for, in the order of their rows:
             the first one is row N of the bundle's items.
     """
@@ -45,6 +49,7 @@ class Fresh:
     offset: str
     num_records: int
     num_skipped: int
+    oldest: float | None = None
     new_items: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -67,7 +72,9 @@ def read_fresh(
     """
     gathered: dict[str, list[Record]] = defaultdict(list)  # user id -> events
     new_items = dict(pending or {})
-    erased: set[bytes] = set()
+    # Not from the records alone: a version that a rollback went back to may be older than what retention has left of the log.
+    created = datetime.fromisoformat(bundle.manifest["created"]).timestamp()
+    erased = {key for key, at in log.tombstones().items() if at >= created}
     seen_ids: set[str] = set()
     num_records = num_events = num_skipped = 0
     offset = after
@@ -96,13 +103,17 @@ def read_fresh(
     assert offset is not None  # a read gives one, and there was at least one read
     # Only now: an item may be told of after the first event on it.
     rows = {item_id: bundle.items.num_rows + place for place, item_id in enumerate(new_items)}
-    usable: dict[str, list[tuple[int, int, int]]] = {}  # user id -> (item, event code, time)
+    usable: dict[str, list[Event]] = {}
+    received: list[float] = []
     for user_id, records in gathered.items():
-        found = [event for record in records if (event := _usable(record, bundle, rows)) is not None]
+        found = [(record, event) for record in records if (event := _usable(record, bundle, rows)) is not None]
         num_skipped += len(records) - len(found)
         if found:
-            usable[user_id] = found
-    return _joined(usable, erased, bundle, offset, num_records, num_skipped, new_items)
+            usable[user_id] = [event for _, event in found]
+            received += [record["received"] for record, _ in found if "received" in record]
+    sequences, arrival, keys = _joined(usable, erased, bundle)
+    oldest = min(received, default=None)
+    return Fresh(sequences, arrival, keys, frozenset(erased), offset, num_records, num_skipped, oldest, new_items)
 
 
 def _change(items: dict[str, dict[str, Any]], record: Record) -> None:
@@ -114,46 +125,43 @@ def _change(items: dict[str, dict[str, Any]], record: Record) -> None:
     items[item_id] = {**before, **record["attributes"]}
 
 
-def _usable(record: Record, bundle: Bundle, rows: Mapping[str, int]) -> tuple[int, int, int] | None:
+def _usable(record: Record, bundle: Bundle, rows: Mapping[str, int]) -> Event | None:
     item = bundle.item_index.get(record["item_id"], rows.get(record["item_id"]))
     if item is None:
         return None
-    return item, bundle.event_codes.get(record.get("event", DEFAULT_EVENT), 0), int(record["timestamp"])
+    value = record.get("value")
+    code = bundle.event_codes.get(record.get("event", DEFAULT_EVENT), 0)
+    return item, code, int(record["timestamp"]), np.nan if value is None else float(value)
 
 
 def _joined(
-    gathered: dict[str, list[tuple[int, int, int]]],
+    gathered: dict[str, list[Event]],
     erased: set[bytes],
     bundle: Bundle,
-    offset: str,
-    num_records: int,
-    num_skipped: int,
-    new_items: dict[str, dict[str, Any]],
-) -> Fresh:
+) -> tuple[Sequences, np.ndarray, list[bytes]]:
     keys, columns, lengths = [], [], []
     for user_id, events in gathered.items():
         key = user_key(user_id)
         known = None if key in erased else bundle.histories.lookup(user_id)
-        old = (
-            np.zeros((4, 0), np.int64)
-            if known is None
-            else np.stack([*(a.astype(np.int64) for a in known), np.zeros(len(known[0]), np.int64)])
-        )
-        new = np.array([(*event, 1) for event in events], np.int64).T
+        # Whole numbers of this size are exact in float64.
+        old = np.zeros((5, 0)) if known is None else np.stack([*known, np.zeros(len(known[0]))]).astype(np.float64)
+        new = np.array([(*event, 1) for event in events], np.float64).T
         both = np.concatenate([old, new], axis=1)
         columns.append(both[:, np.argsort(both[2], kind="stable")])
         keys.append(key)
         lengths.append(both.shape[1])
-    items, codes, times, is_new = np.concatenate([*columns, np.zeros((4, 0), np.int64)], axis=1)
+    items, codes, times, values, is_new = np.concatenate([*columns, np.zeros((5, 0))], axis=1)
     arrival = np.full(len(items), -1, np.int64)
     new_positions = np.flatnonzero(is_new)
     arrival[new_positions[np.argsort(times[new_positions], kind="stable")]] = np.arange(len(new_positions))
-    sequences = flat_sequences(items, codes, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    return Fresh(sequences, arrival, keys, frozenset(erased), offset, num_records, num_skipped, new_items)
+    sequences = flat_sequences(items, codes, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), values=values)
+    return sequences, arrival, keys
 
 
-def flat_sequences(items: np.ndarray, events: np.ndarray, times: np.ndarray, indptr: np.ndarray) -> Sequences:
-    """Sequences of training events without values, for models that update."""
+def flat_sequences(
+    items: np.ndarray, events: np.ndarray, times: np.ndarray, indptr: np.ndarray, *, values: np.ndarray | None = None
+) -> Sequences:
+    """Sequences of training events, for models that update; without `values` none has one."""
     count = len(items)
     return Sequences(
         np.arange(len(indptr) - 1, dtype=np.int32),
@@ -161,7 +169,7 @@ def flat_sequences(items: np.ndarray, events: np.ndarray, times: np.ndarray, ind
         items.astype(np.int32),
         events.astype(np.int8),
         times.astype(np.int64),
-        np.full(count, np.nan, np.float32),
+        np.full(count, np.nan, np.float32) if values is None else values.astype(np.float32),
         np.zeros(count, bool),
         np.full(count, SPLIT_TRAIN, np.int8),
     )
@@ -180,8 +188,8 @@ def sampled_histories(histories: Histories, without: Sequence[bytes], count: int
     chosen = np.sort(rng.choice(len(others), min(count, len(others)), replace=False))
     table = others.take(chosen).combine_chunks()
     lengths = pc.list_value_length(table["item_idx"]).to_numpy().astype(np.int64)
-    items, events, times = (pc.list_flatten(table[name]).to_numpy() for name in ("item_idx", "event", "timestamp"))
-    return flat_sequences(items, events, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    items, events, times, values = (pc.list_flatten(table[name]).to_numpy() for name in HISTORY_SCHEMA.names[1:])
+    return flat_sequences(items, events, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), values=values)
 
 
 def merged_histories(histories: Histories, fresh: Fresh) -> Histories:
@@ -190,7 +198,10 @@ def merged_histories(histories: Histories, fresh: Fresh) -> Histories:
     indptr, sequences = fresh.sequences.indptr, fresh.sequences
     starts = np.maximum(indptr[:-1], indptr[1:] - histories.max_events)
     cuts = [slice(start, stop) for start, stop in zip(starts, indptr[1:], strict=True)]
-    columns = [fresh.keys, *([array[cut] for cut in cuts] for array in (sequences.items, sequences.events, sequences.times))]
+    columns = [
+        fresh.keys,
+        *([array[cut] for cut in cuts] for array in (sequences.items, sequences.events, sequences.times, sequences.values)),
+    ]
     return Histories(pa.concat_tables([kept, pa.table(columns, schema=HISTORY_SCHEMA)]).combine_chunks(), histories.max_events)
 
 

@@ -19,12 +19,11 @@ from raysys.features.text import TextEncoder, item_text
 from raysys.models.content import ContentNeighbours
 from raysys.models.dot_product import DotProduct
 from raysys.models.interest import InterestEncoder, InterestRetriever
-from raysys.models.ranker import Ranker, RankerNetwork
+from raysys.models.newcomers import neighbour_weights
 from raysys.online.feed import flat_sequences
+from raysys.online.recent import RECENT
 from raysys.schema import ITEM_ID, ITEM_IDX
 
-NEIGHBOURS = 10
-"""Items nearest by content whose vectors make that of a new item."""
 NO_EVENTS = flat_sequences(np.zeros(0, np.int32), np.zeros(0, np.int8), np.zeros(0, np.int64), np.zeros(1, np.int64))
 
 
@@ -44,12 +43,13 @@ def grown(bundle: Bundle, new_items: Mapping[str, Mapping[str, Any]]) -> Bundle:
         old = models["content"]
         models["content"] = ContentNeighbours(np.concatenate([old.item_vectors, vectors]), old.mean, old.config)
     known = bundle.items["num_train"].to_numpy() > 0
-    mix = _neighbour_weights(bundle.content_vectors, vectors, known)
+    mix = neighbour_weights(bundle.content_vectors, vectors, known)
     placed = np.any(vectors != 0, axis=1) if bundle.content_vectors is not None else np.zeros(len(new_items), bool)
     if "interest" in models:
         models["interest"] = _interest(models["interest"], mix, placed)
-    if "covisit" in models:
-        models["covisit"] = models["covisit"].update(NO_EVENTS, np.zeros(0, bool), num_items=num_items)
+    for name in ("covisit", RECENT):
+        if name in models:
+            models[name] = models[name].update(NO_EVENTS, np.zeros(0, bool), num_items=num_items)
     if "linear" in models:
         models["linear"] = models["linear"].grown(num_items)
     empty = NO_EVENTS
@@ -57,7 +57,7 @@ def grown(bundle: Bundle, new_items: Mapping[str, Mapping[str, Any]]) -> Bundle:
     if "dot_product" in models:
         models["dot_product"] = _dot_product(models["dot_product"], mix)
     if "ranker" in models:
-        models["ranker"] = _ranker(models["ranker"], mix, vectors)
+        models["ranker"] = models["ranker"].grown(mix, vectors)
     return Bundle(_table(bundle.items, new_items), models, bundle.fusion, bundle.histories, bundle.manifest)
 
 
@@ -67,22 +67,6 @@ def _content_of(content: ContentNeighbours | None, items: list[Mapping[str, Any]
         return np.zeros((len(items), 0), np.float32)
     texts = [item_text(item.get("title"), item.get("text"), item.get("categories")) for item in items]
     return content.transform(TextEncoder().encode(texts))
-
-
-def _neighbour_weights(catalogue: np.ndarray | None, vectors: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """(M, N) float32 rows that sum to 1: which known items a new one is like; all alike where content says nothing."""
-    flat = known / max(1, known.sum())
-    weights = np.tile(flat.astype(np.float32), (len(vectors), 1))
-    if catalogue is None:
-        return weights
-    similar = np.where(known[None, :], vectors @ catalogue.T, -1.0)
-    for row, scores in enumerate(similar):
-        nearest = np.argsort(-scores, kind="stable")[:NEIGHBOURS]
-        nearest = nearest[scores[nearest] > 0]
-        if len(nearest):
-            weights[row] = 0
-            weights[row, nearest] = scores[nearest] / scores[nearest].sum()
-    return weights
 
 
 def _interest(retriever: InterestRetriever, mix: np.ndarray, placed: np.ndarray) -> InterestRetriever:
@@ -98,22 +82,6 @@ def _interest(retriever: InterestRetriever, mix: np.ndarray, placed: np.ndarray)
 def _dot_product(model: DotProduct, mix: np.ndarray) -> DotProduct:
     weights = np.concatenate([model.weights, model.weights @ mix.T], axis=1)
     return DotProduct(weights, np.concatenate([model.item_vectors, mix @ model.item_vectors]), model.calibration, model.config)
-
-
-def _ranker(ranker: Ranker, mix: np.ndarray, content: np.ndarray) -> Ranker:
-    """The same network over longer tables; the row of padding stays the last."""
-    old = ranker.network
-    vectors = torch.from_numpy(mix) @ old.item_vectors[:-1]
-    # A ranker of a bundle without content has content vectors of width 0.
-    fresh = torch.from_numpy(content[:, : old.content_vectors.shape[1]])
-    tables = {
-        "item_vectors": torch.cat([old.item_vectors[:-1], vectors, old.item_vectors[-1:]]),
-        "content_vectors": torch.cat([old.content_vectors[:-1], fresh, old.content_vectors[-1:]]),
-        "popularity": torch.cat([old.popularity[:-1], torch.zeros(len(mix)), old.popularity[-1:]]),
-    }
-    network = RankerNetwork(tables["item_vectors"], tables["content_vectors"], tables["popularity"], len(ranker.sources), old.config)
-    network.load_state_dict({**old.state_dict(), **tables})
-    return Ranker(network, ranker.sources, calibration=ranker.calibration, label=ranker.label, negatives=ranker.negatives)
 
 
 def _table(items: pa.Table, new_items: Mapping[str, Mapping[str, Any]]) -> pa.Table:

@@ -6,7 +6,7 @@ serving models first predict every new event before anything learns from it
 the newest ones. Only after both is the published update made, from all events.
 """
 
-import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,24 +14,23 @@ import numpy as np
 import torch
 
 from raysys.bundle import Bundle
-from raysys.evaluate import metrics
 from raysys.models.base import Arrays, Meta
+from raysys.models.fusion import Fusion
 from raysys.models.interest import InterestRetriever
-from raysys.models.ranker import Ranker
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import Fresh, sampled_histories
-from raysys.pipeline import Pipeline, seen_mask
+from raysys.online.gate import as_mixed, is_change, named, reached, score, shifted, verdict
+from raysys.online.mixture import Evidence
+from raysys.online.recent import RECENT, emptied, with_recent
+from raysys.pipeline import seen_mask
 from raysys.prepare.dataset import Sequences
 from raysys.train.batches import InMemory
 from raysys.train.encoder import EncoderTrainConfig, train_encoder
 
-K = 10
-MAX_BATCH_SCORES = 1 << 21
-"""Scores of one source in an evaluation batch."""
-MAX_COMPARED = 200
-"""Queries whose whole distributions are compared, serving against updated."""
-MAX_COMPARED_SCORES = 1 << 24
-"""Scores held of either distribution."""
+MAX_MIXED_SCORES = 1 << 23
+"""Scores of one source that a mixture is refitted on."""
+MIXED_PARTS = 5
+"""Parts in which a round's events are scored and then counted."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,14 @@ class Improvement:
 
     Attributes:
         models: name -> (arrays, metadata) of the models that changed; empty when refused.
+        fusion: `Bundle.fusion` with the mixture that goes with them.
         passed: whether the update may be published.
         reason: in words, why not; empty when passed.
         figures: prequential and gate metrics, JSON-ready.
     """
 
     models: dict[str, tuple[Arrays, Meta]]
+    fusion: dict[str, Any]
     passed: bool
     reason: str
     figures: dict[str, Any]
@@ -70,6 +71,7 @@ def improve(bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> Im
 
 def _improve(bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> Improvement:
     rng = np.random.default_rng([config.seed, seed])
+    bundle = with_recent(bundle, config.recent_half_life_days)
     sequences, arrival = fresh.sequences, fresh.arrival
     away = [*fresh.keys, *fresh.erased]
     anchors = sampled_histories(bundle.histories, away, config.anchor_users, rng)
@@ -77,52 +79,111 @@ def _improve(bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> I
     anchor_positions = anchors.last_positions()
     oldest_judged = max(0, fresh.num_events - config.max_evaluated)
     judged = np.flatnonzero(arrival >= oldest_judged)
-    prequential = _score(bundle, sequences, judged)
-    anchor = _score(bundle, anchors, anchor_positions)
-    figures: dict[str, Any] = {"events": fresh.num_events, "prequential": _named(prequential), "gate": {}}
+    judged = judged[np.argsort(arrival[judged])]
+    prequential = score(bundle, sequences, judged)
+    anchor = score(bundle, anchors, anchor_positions)
+    gate: dict[str, Any] = {}
+    figures: dict[str, Any] = {"events": fresh.num_events, "prequential": named(prequential), "gate": gate}
+
+    # Users without news then stand for tastes of which it is proven that they have changed.
+    known = (bundle.manifest.get("metrics") or {}).get("online") or {}
+    changed = figures["changed"] = is_change(known.get("level"), prequential[:, 1], config.proven_fall)
+    figures["level"] = reached(known.get("level"), prequential[:, 1])
+    if changed and not known.get("changed"):
+        bundle = emptied(bundle)  # once: from here on it counts what is true now
+
+    found = _evidence(bundle, sequences, arrival, judged, config)
+
+    def mixed(before: int) -> dict[str, Any]:
+        """`Bundle.fusion` with the mixture that the events before a place in the stream speak for."""
+        if found is None:
+            return bundle.fusion
+        evidence, positions = found
+        fusion = evidence.refitted(prior_events=config.mixture_prior, first=int((arrival[positions] < before).sum()))
+        return {**bundle.fusion, "mixture": fusion.to_dict()}
 
     cut = fresh.num_events - int(config.holdout_share * fresh.num_events)
     if 0 < cut < fresh.num_events:
         older = arrival < cut
         candidate = _updated(bundle, sequences.where(older), arrival[older] >= 0, replay, config, seed)
+        candidate.fusion = mixed(cut)
         held_out = judged[arrival[judged] >= cut]
         slices = {
-            "new": (prequential[arrival[judged] >= cut], _score(candidate, sequences, held_out)),
-            "anchor": (anchor, _score(candidate, anchors, anchor_positions)),
+            "new": (prequential[arrival[judged] >= cut], score(candidate, sequences, held_out)),
+            "anchor": (anchor, score(as_mixed(candidate, bundle), anchors, anchor_positions)),
         }
-        reason = _verdict(candidate, slices, config.margin, figures["gate"]) or _shifted(
-            bundle, candidate, {"new": (sequences, held_out), "anchor": (anchors, anchor_positions)}, config, figures["gate"]
+        reason = verdict(candidate, slices, config, gate, changed) or shifted(
+            bundle, candidate, {"new": (sequences, held_out), "anchor": (anchors, anchor_positions)}, config, gate, changed
         )
         if reason:
-            return Improvement({}, False, reason, figures)
+            return Improvement({}, bundle.fusion, False, reason, figures)
     final = _updated(bundle, sequences, arrival >= 0, replay, config, seed)
-    reason = _verdict(final, {"anchor": (anchor, _score(final, anchors, anchor_positions))}, config.margin, figures["gate"]) or _shifted(
-        bundle, final, {"anchor": (anchors, anchor_positions)}, config, figures["gate"]
+    final.fusion = mixed(fresh.num_events)
+    slices = {"anchor": (anchor, score(as_mixed(final, bundle), anchors, anchor_positions))}
+    reason = verdict(final, slices, config, gate, changed) or shifted(
+        bundle, final, {"anchor": (anchors, anchor_positions)}, config, gate, changed
     )
     if reason:
-        return Improvement({}, False, reason, figures)
-    changed = {name: model.to_arrays() for name, model in final.models.items() if model is not bundle.models[name]}
-    return Improvement(changed, True, "", figures)
+        return Improvement({}, bundle.fusion, False, reason, figures)
+    updated = {name: model.to_arrays() for name, model in final.models.items() if model is not bundle.models[name]}
+    return Improvement(updated, final.fusion, True, "", figures)
 
 
 def _updated(bundle: Bundle, sequences: Sequences, new: np.ndarray, replay: Sequences, config: OnlineConfig, seed: int) -> Bundle:
-    models = dict(bundle.models)
-    if "covisit" in models:
-        models["covisit"] = models["covisit"].update(sequences, new)
-    models["popularity"] = models["popularity"].update(sequences.items[new], sequences.events[new], sequences.times[new])
+    models = _counted(bundle.models, sequences, new)
     if "interest" in models and config.epochs > 0:
         models["interest"] = _fine_tuned(models["interest"], sequences, new, replay, config, seed)
     if "ranker" in models:
-        models["ranker"] = _recounted(models["ranker"], sequences.items[new])
+        models["ranker"] = models["ranker"].counted(sequences, new)
     return Bundle(bundle.items, models, bundle.fusion, bundle.histories, bundle.manifest)
 
 
-def _recounted(ranker: Ranker, items: np.ndarray) -> Ranker:
-    """The ranker with new events in its popularity feature; its weights stay as trained."""
-    network = copy.deepcopy(ranker.network)
-    counts = torch.from_numpy(np.bincount(items, minlength=len(network.popularity)).astype(np.float32))
-    network.popularity = torch.log1p(torch.expm1(network.popularity) + counts)
-    return Ranker(network, ranker.sources, calibration=ranker.calibration, label=ranker.label, negatives=ranker.negatives)
+def _counted(models: Mapping[str, Any], sequences: Sequences, new: np.ndarray) -> dict[str, Any]:
+    """The models with new events in those that count."""
+    counted = dict(models)
+    for name in ("covisit", RECENT):
+        if name in models:
+            counted[name] = models[name].update(sequences, new)
+    counted["popularity"] = models["popularity"].update(sequences.items[new], sequences.events[new], sequences.times[new])
+    return counted
+
+
+def _evidence(
+    bundle: Bundle, sequences: Sequences, arrival: np.ndarray, judged: np.ndarray, config: OnlineConfig
+) -> tuple[Evidence, np.ndarray] | None:
+    """What the sources say about the newest events, and the positions of these; None where the mixture stays as it is.
+
+    The round is gone through in a few parts: a part is scored first and then counted, so that what the newest events say about
+    a source that counts is not a round old. An event after an empty history says nothing: popularity alone answers there.
+    """
+    count = min(config.mixture_events, max(16, MAX_MIXED_SCORES // bundle.items.num_rows))
+    positions = judged[-count:]
+    positions = positions[positions > sequences.indptr[sequences.rows[positions]]]
+    if config.mixture_prior <= 0 or not len(positions):
+        return None
+    models, counted = bundle.models, 0
+    names = [name for name in models if name != "ranker"]
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for part in np.array_split(positions, min(MIXED_PARTS, len(positions))):
+        before = int(arrival[part[0]])
+        if before > counted:
+            upto = (arrival < before) | (arrival < 0)
+            models, counted = _counted(models, sequences.where(upto), arrival[upto] >= counted), before
+        queries = sequences.queries_before(part)
+        for name in names:
+            scores[name].append(models[name].scores(queries))
+    found = {name: np.concatenate(parts) for name, parts in scores.items()}
+    queries = sequences.queries_before(positions)
+    # The ranker has learnt from its sources' probabilities at these temperatures, so those stay.
+    fixed = bundle.models["ranker"].sources if "ranker" in bundle.models else ()
+    evidence = Evidence(
+        Fusion.from_dict(bundle.fusion["mixture"]),
+        {name: values.__getitem__ for name, values in found.items()},
+        sequences.items[positions].astype(np.int64),
+        lambda rows: seen_mask(queries[rows], bundle.items.num_rows),
+        fixed=fixed,
+    )
+    return evidence, positions
 
 
 def _fine_tuned(
@@ -143,70 +204,3 @@ def _together(first: Sequences, second: Sequences) -> Sequences:
     names = ("items", "events", "times", "values", "positive", "split")
     flat = [np.concatenate([getattr(first, name), getattr(second, name)]) for name in names]
     return Sequences(np.arange(len(indptr) - 1, dtype=np.int32), indptr, *flat)
-
-
-def _score(bundle: Bundle, sequences: Sequences, positions: np.ndarray) -> np.ndarray:
-    """(Q, 2) NDCG@10 and Recall@10 of the live code for the events at `positions`; NaN where a score is not a number."""
-    pipeline = Pipeline(bundle)
-    size = max(1, min(256, MAX_BATCH_SCORES // pipeline.num_items))
-    parts = [np.zeros((0, 2))]
-    for first in range(0, len(positions), size):
-        batch = positions[first : first + size]
-        queries = sequences.queries_before(batch)
-        items, scores, _ = pipeline.recommend(queries, K, allowed=seen_mask(queries, pipeline.num_items))
-        values = metrics.rank_metrics(metrics.list_ranks(items, sequences.items[batch]), (K,))
-        both = np.stack([values[f"ndcg@{K}"], values[f"recall@{K}"]], axis=1)
-        parts.append(np.where(np.isnan(scores).any(axis=1)[:, None], np.nan, both))
-    return np.concatenate(parts)
-
-
-def _named(values: np.ndarray) -> dict[str, float | int]:
-    if not len(values):
-        return {"events": 0}
-    return {"events": len(values), f"ndcg@{K}": float(values[:, 0].mean()), f"recall@{K}": float(values[:, 1].mean())}
-
-
-def _verdict(candidate: Bundle, slices: dict[str, tuple[np.ndarray, np.ndarray]], margin: float, gate: dict) -> str:
-    """Why the candidate must not be published; empty when it may. Fills `gate` with the figures."""
-    for name, model in candidate.models.items():
-        bad = [key for key, array in model.to_arrays()[0].items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
-        if bad:
-            return f"{name} has values that are not finite in {', '.join(bad)}"
-    for name, (before, after) in slices.items():
-        gate[name] = {"serving": _named(before), "updated": _named(after)}
-        if not len(before):
-            continue
-        loss = float((before[:, 0] - after[:, 0]).mean())
-        if not loss <= margin:
-            return f"NDCG@{K} on the {name} slice fell by {loss:.4f}, the margin is {margin:g}"
-    return ""
-
-
-def _shifted(bundle: Bundle, candidate: Bundle, slices: dict[str, tuple[Sequences, np.ndarray]], config: OnlineConfig, gate: dict) -> str:
-    """Why the candidate's probabilities must not be published; empty when they may. Adds the figures to `gate`.
-
-    Calibration: log loss is a proper score, it rises when a model grows too sure. Drift: people of whom nothing new
-    is known should mostly be told what they were told before.
-    """
-    for name, (sequences, positions) in slices.items():
-        positions = positions[-min(MAX_COMPARED, max(1, MAX_COMPARED_SCORES // bundle.items.num_rows)) :]
-        if not len(positions):
-            continue
-        before, after = (_distribution(one, sequences, positions) for one in (bundle, candidate))
-        rows, targets = np.arange(len(positions)), sequences.items[positions]
-        rise = float((before[rows, targets] - after[rows, targets]).mean())
-        gate[name]["log_loss_rise"] = rise
-        if not rise <= config.max_log_loss_rise:
-            return f"calibration: log loss on the {name} slice rose by {rise:.3f} nats, at most {config.max_log_loss_rise:g} is allowed"
-        if name == "anchor":
-            drift = float(0.5 * np.abs(np.exp(before) - np.exp(after)).sum(axis=1).mean())
-            gate[name]["drift"] = drift
-            if not drift <= config.max_drift:
-                return f"score drift: answers to users without news moved by {drift:.3f}, at most {config.max_drift:g} is allowed"
-    return ""
-
-
-def _distribution(bundle: Bundle, sequences: Sequences, positions: np.ndarray) -> np.ndarray:
-    """(Q, N) float32 log-probability of the next item before each position, as retrieval fuses it."""
-    pipeline, queries = Pipeline(bundle), sequences.queries_before(positions)
-    return pipeline.fusion.fuse(pipeline.source_log_probs(queries), empty=queries.lengths == 0)

@@ -13,7 +13,6 @@ take longer than the round).
 """
 
 import contextlib
-import fcntl
 import os
 import tempfile
 import time
@@ -24,7 +23,7 @@ import numpy as np
 
 from raysys import cluster, storage
 from raysys.bundle import Bundle, load_model
-from raysys.errors import BundleError, ConfigError, StateError
+from raysys.errors import BundleError, ConfigError
 from raysys.events.log import open_log
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import Fresh, merged_histories, read_fresh
@@ -32,7 +31,10 @@ from raysys.online.growth import grown
 from raysys.online.improve import Improvement, improve
 from raysys.registry import Pointer, Registry
 
-LOCK = "learner.lock"
+TASK = "learner"
+"""Lock of the log that a learner holds while it runs: two would only undo each other's rounds."""
+INTERVAL_S = 30.0
+"""Seconds from the end of a round to the next, by default."""
 CONSUMER = "online"
 """Name under which the log remembers the offset of the version in use, so that retention waits for the learner."""
 WRITTEN_BY_BUNDLE = ("format", "version", "created", "user_key_id", "history_max_events", "fusion", "models", "files", "packing")
@@ -42,32 +44,31 @@ Improve = Callable[[Bundle, Fresh, OnlineConfig, int], Improvement]
 def run_online(
     registry: str,
     events: str,
-    state: str,
     *,
     once: bool = False,
-    interval_s: float = 30.0,
+    interval_s: float = INTERVAL_S,
     config: OnlineConfig | None = None,
 ) -> dict:
     """Learn from the event log until interrupted.
 
     Args:
         registry: where versions come from and go to.
-        events: location of the event log.
-        state: location of the service's state; its lock makes sure that one learner runs for it.
+        events: location of the event log, whose lock makes sure that one learner reads it.
         once: one round, then return.
         interval_s: seconds from the end of a round to the next.
         config: settings; defaults when None.
 
     Returns:
         What the last round did: `status` ("published", "refused", "idle", "waiting", "pinned", "superseded", "no model"),
-        `version`, and counts and figures of the round.
+        `version`, and counts and figures of the round: `learning_s` of the update alone, `seconds` of the whole round,
+        `oldest_event_s` from the acknowledgement of the oldest event learnt to the published version.
 
     Raises:
-        StateError: another learner runs for this state, or the log cannot be read.
+        StateError: another learner reads this log, or it cannot be read.
         ConfigError: the user key of this machine is not the one the bundle was written with.
     """
-    with _only_one(state), _improver() as step:
-        learner = Learner(registry, events, config or OnlineConfig(), step)
+    learner = Learner(registry, events, config or OnlineConfig())
+    with learner.log.exclusive(TASK), _improver() as learner.step:
         while True:
             report = learner.round()
             if report["status"] not in ("idle", "waiting"):
@@ -121,7 +122,7 @@ class Learner:
         if fresh.num_events < self.config.min_events and not fresh.erased or self._refused_at == (pointer.version, fresh.offset):
             return report | {"status": "waiting"}
         bundle = grown(bundle, fresh.new_items)
-        result = Improvement({}, True, "", {"events": 0})
+        result = Improvement({}, bundle.fusion, True, "", {"events": 0})
         if fresh.num_events:
             result = self.step(bundle, fresh, self.config, pointer.sequence)
         report |= {"figures": result.figures, "learning_s": round(time.monotonic() - started, 2)}
@@ -129,6 +130,8 @@ class Learner:
             self._refused_at = (pointer.version, fresh.offset)
             return report | {"status": "refused", "reason": result.reason}
         report |= self._publish(bundle, fresh, result, pointer)
+        if report["status"] == "published" and fresh.oldest is not None:
+            report["oldest_event_s"] = round(max(0.0, time.time() - fresh.oldest), 2)
         return report | {"seconds": round(time.monotonic() - started, 2)}
 
     def _open(self, version: str) -> Bundle:
@@ -144,7 +147,7 @@ class Learner:
         counts = bundle.items["num_train"].to_numpy() + np.bincount(new_items, minlength=bundle.items.num_rows)
         column = bundle.items.schema.get_field_index("num_train")
         items = bundle.items.set_column(column, "num_train", [counts])
-        updated = Bundle(items, models, bundle.fusion, merged_histories(bundle.histories, fresh))
+        updated = Bundle(items, models, result.fusion, merged_histories(bundle.histories, fresh))
         kept = {name: value for name, value in bundle.manifest.items() if name not in WRITTEN_BY_BUNDLE}
         lineage = bundle.manifest.get("lineage") or {"trained": bundle.version, "rounds": 0, "events": 0}
         newest = int(fresh.sequences.times[fresh.arrival >= 0].max(initial=0))
@@ -196,22 +199,6 @@ class _Improver:
 
     def improve(self, bundle: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> Improvement:
         return improve(bundle, fresh, config, seed)
-
-
-@contextlib.contextmanager
-def _only_one(state: str) -> Iterator[None]:
-    """Hold the learner's lock of a local state; two learners would only undo each other's rounds."""
-    if not storage.is_local(state):
-        yield
-        return
-    folder = storage.resolve(state)[1]
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, LOCK), "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StateError(f"{folder}: expected to be alone, but another learner holds {LOCK}; stop it first") from None
-        yield
 
 
 def _line(report: dict) -> str:

@@ -14,7 +14,7 @@ import random
 import time
 import urllib.parse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ from raysys.registry import Registry
 
 K = 10
 SWAP_TIMEOUT_S = 60.0
+PROBE_EVERY = 20
+"""Every so many events the user is asked for again at once, to see whether the answer has changed."""
 RECOVERED = 0.9
 """Share of the lost hit rate that counts as recovered."""
 
@@ -50,10 +52,8 @@ class SimulateConfig:
     """Which arms run."""
     port: int = 8077
     """HTTP port of a service that is started here."""
-    epochs: int = 2
-    """Of the learner's fine-tuning; see `OnlineConfig`."""
-    lr: float = 1e-3
-    """Of the learner's fine-tuning."""
+    learner: OnlineConfig = field(default_factory=OnlineConfig)
+    """Of the arm that learns."""
     train_epochs: int = 10
     """Epochs of the first model's encoder at most."""
     seed: int = 0
@@ -127,7 +127,7 @@ def simulate(data: str, out: str, config: SimulateConfig, *, url: str | None = N
             arms[arm] = run_arm(arm, bundle, tail, items, storage.join(out, arm), config)
             storage.write_json(storage.join(out, f"{arm}.json"), arms[arm])  # an hour of replay must not be lost with the next arm
     result = {
-        "settings": {name: getattr(config, name) for name in config.__dataclass_fields__},
+        "settings": asdict(config),
         "events": len(tail["item_id"]),
         "trained_on": len(head),
         "arms": arms,
@@ -206,8 +206,7 @@ def run_arm(arm: str, bundle: str, tail: dict[str, list], items: dict[str, dict]
         storage.remove(place)
     registry = Registry(places["registry"])
     registry.publish(bundle)
-    learning = OnlineConfig(epochs=config.epochs, lr=config.lr, seed=config.seed)
-    learner = Learner(places["registry"], places["events"], learning) if arm == "on" else None
+    learner = Learner(places["registry"], places["events"], config.learner) if arm == "on" else None
     with running_service(registry=places["registry"], events=places["events"], state=places["state"], port=config.port) as url:
         return replay(url, tail, items, (lambda: None) if learner is None else learner.round, config)
 
@@ -217,11 +216,12 @@ def replay(url: str, tail: dict[str, list], items: dict[str, dict], learn: Calla
 
     Returns:
         `hits`: 0 or 1 an event; `rounds`: what the learner did, at which event, and the seconds from the oldest event of the
-        round to the new version in an answer; `upserts`: event number of each item upsert; `seconds`.
+        round to the new version in an answer; `upserts`: event number of each item upsert; `visible`: of some events, milliseconds
+        from their acknowledgement to an answer, and whether it was another one than before; `seconds`.
     """
     client, started = Client(url), time.perf_counter()
     known: set[str] = set()
-    hits, rounds, upserts = [], [], []
+    hits, rounds, upserts, visible = [], [], [], []
     versions: dict[str, int] = {}
     oldest = time.perf_counter()
     for at, (user, item) in enumerate(zip(tail["user_id"], tail["item_id"], strict=True)):
@@ -232,13 +232,19 @@ def replay(url: str, tail: dict[str, list], items: dict[str, dict], learn: Calla
                 upserts.append(at)
         answer = client.post("/v1/recommend", {"user_id": user, "n": K})
         versions[answer["model_version"]] = versions.get(answer["model_version"], 0) + 1
-        hits.append(int(item in [one["item_id"] for one in answer["items"]]))
+        shown = [one["item_id"] for one in answer["items"]]
+        hits.append(int(item in shown))
         event = {"user_id": user, "item_id": item, "timestamp": float(tail["timestamp"][at])}
         for name in ("event", "value"):
             if name in tail and tail[name][at] is not None:
                 event[name] = tail[name][at]
         if client.post("/v1/events", {"events": [event]})["accepted"] != 1:
             raise RaysysError(f"event {at} was not accepted by {url}")
+        if at % PROBE_EVERY == 0:
+            begun = time.perf_counter()
+            again = client.post("/v1/recommend", {"user_id": user, "n": K})
+            changed = shown != [one["item_id"] for one in again["items"]]
+            visible.append({"ms": round((time.perf_counter() - begun) * 1000, 2), "changed": changed})
         if (at + 1) % config.learn_every == 0:
             begun = time.perf_counter()
             report = learn()
@@ -249,7 +255,8 @@ def replay(url: str, tail: dict[str, list], items: dict[str, dict], learn: Calla
                 now = time.perf_counter()
                 rounds.append({**learnt, "round_s": now - begun, "oldest_event_s": now - oldest})
             oldest = time.perf_counter()
-    return {"hits": hits, "rounds": rounds, "upserts": upserts, "versions": versions, "seconds": time.perf_counter() - started}
+    told = {"rounds": rounds, "upserts": upserts, "visible": visible, "versions": versions}
+    return {"hits": hits, **told, "seconds": time.perf_counter() - started}
 
 
 def _wait_for(client: Client, version: str) -> None:
@@ -276,6 +283,9 @@ def compared(
         hits = np.array(found["hits"])
         figures[f"hit-rate@{K}, {arm}"] = float(hits.mean())
         figures[f"hit-rate@{K}, {arm}, new users"] = float(hits[new].mean()) if new.any() else None
+        if found["visible"]:
+            figures[f"event answered -> next answer, p99 ms, {arm}"] = float(np.quantile([one["ms"] for one in found["visible"]], 0.99))
+            figures[f"next answers that are others, {arm}"] = float(np.mean([one["changed"] for one in found["visible"]]))
         if config.flip:
             figures[f"events to recovery, {arm}"] = recovery(hits, int(config.flip * len(hits)), config.window)
     off, on = (figures.get(f"hit-rate@{K}, {arm}") for arm in ("off", "on"))

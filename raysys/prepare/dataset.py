@@ -115,14 +115,14 @@ class Sequences:
         lengths = stops - starts
         indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         take = np.flatnonzero(known)[np.arange(indptr[-1]) - np.repeat(indptr[:-1] - starts, lengths)]
-        return Queries(self.items[take], self.events[take], self.times[take], indptr, self.times[positions])
+        return Queries(self.items[take], self.events[take], self.times[take], self.values[take], indptr, self.times[positions])
 
     def queries(self) -> Queries:
         """Every user's whole history as queries asked right after the last event (time of that event)."""
         known = self.where(self.items != UNKNOWN_ITEM)
         last = np.maximum(known.indptr[1:] - 1, 0)
         now = known.times[last] if len(known.times) else np.zeros(len(known), np.int64)
-        return Queries(known.items, known.events, known.times, known.indptr, now)
+        return Queries(known.items, known.events, known.times, known.values, known.indptr, now)
 
 
 @dataclass(frozen=True)

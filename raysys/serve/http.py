@@ -57,7 +57,7 @@ def create_app(
     Raises:
         ConfigError: the file of keys cannot be read.
     """
-    metrics, impressions = recommender.metrics, ImpressionBuffer(writer.post)
+    metrics, impressions = recommender.metrics, ImpressionBuffer(writer.post, clock=clock)
     metrics.before_export.append(lambda: metrics.impressions_dropped.set(impressions.dropped))
     app = described_app(_beside(impressions.keep_flushing, *([started] if started else [])))
     app.add_middleware(Guard, keys=Keys(api_key), limit=RateLimit(rate or Rate()), max_in_flight=max_in_flight, metrics=metrics)

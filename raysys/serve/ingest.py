@@ -131,12 +131,15 @@ class ImpressionBuffer:
 
     Args:
         send: takes a list of records.
+        clock: UTC epoch seconds now; that of the erasures, which forget what was shown before them.
         flush_s: seconds between sends.
         limit: records kept at most; beyond it the oldest are dropped and counted.
     """
 
-    def __init__(self, send: Callable[[list[Record]], None], *, flush_s: float = 0.5, limit: int = 20_000):
-        self._send, self._flush_s = send, flush_s
+    def __init__(
+        self, send: Callable[[list[Record]], None], *, clock: Callable[[], float] = time.time, flush_s: float = 0.5, limit: int = 20_000
+    ):
+        self._send, self._clock, self._flush_s = send, clock, flush_s
         self._records: deque[Record] = deque(maxlen=limit)
         self._last = time.monotonic()
         self.dropped = 0
@@ -158,7 +161,7 @@ class ImpressionBuffer:
                 "propensities": [item.get("propensity", 1.0) for item in items],
                 "version": answer["model_version"],
                 "strategy": answer["strategy"],
-                "at": time.time(),
+                "at": self._clock(),
             }
         )
         if time.monotonic() - self._last >= self._flush_s:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raysys.bundle import Bundle
+from raysys.bundle import MODEL_CLASSES, Bundle
 from raysys.errors import ConfigError
 from raysys.models.base import Candidates
 from raysys.pipeline import Pipeline
@@ -28,7 +28,7 @@ POLL_S = 1.0
 """Seconds between looks at the registry's pointer."""
 KEEP_VERSIONS = 2
 """Bundles a replica keeps loaded: the current one, and the one that requests under way may still name."""
-RETRIEVAL_MODELS = ("interest", "covisit", "linear", "content", "popularity", "dot_product")
+RETRIEVAL_MODELS = tuple(name for name in MODEL_CLASSES if name != "ranker")
 """What a replica loads that only retrieves."""
 
 RetrieveRequest = tuple[str, Queries, int, np.ndarray | bytes | None, np.ndarray]

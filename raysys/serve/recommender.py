@@ -41,6 +41,7 @@ SOURCE_SHARE = 0.1
 """A source is named for an item when at least this share of the item's fused probability is its."""
 REASON_TEXT = {
     "covisit": "people who chose {title} chose this next",
+    "recent": "people who choose {title} these days choose this next",
     "linear": "goes with {title}",
     "interest": "fits what you have been choosing, {title} above all",
     "dot_product": "fits what you have been choosing",
@@ -51,6 +52,7 @@ REASON_TEXT = {
 REASON_TEXT_WITHOUT_ITEM = {
     "interest": "fits what you have been choosing",
     "covisit": "often chosen next",
+    "recent": "often chosen next these days",
     "linear": "goes with what you chose",
     "content": "fits your taste",
 }
@@ -121,10 +123,11 @@ class _Past:
     rows: np.ndarray  # (E,) int32
     codes: np.ndarray  # (E,) int8 event codes
     times: np.ndarray  # (E,) int64 UTC epoch seconds
+    values: np.ndarray  # (E,) float32, NaN for none
     since: list[HistoryEvent]
 
 
-NO_PAST = (np.zeros(0, np.int32), np.zeros(0, np.int8), np.zeros(0, np.int64))
+NO_PAST = (np.zeros(0, np.int32), np.zeros(0, np.int8), np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
 class Recommender:
@@ -298,7 +301,9 @@ class Recommender:
         training = []
         if learnt is not None and version is not None:
             ids, names = version.catalogue.item_ids, version.bundle.events
-            training = [{"item_id": ids[i], "event": names[e], "timestamp": int(t)} for i, e, t in zip(*learnt, strict=True)]
+            training = [
+                {"item_id": ids[i], "event": names[e], "timestamp": int(t), "value": _value(v)} for i, e, t, v in zip(*learnt, strict=True)
+            ]
         held = {"user_id": user_id, "attributes": self.state.user(user_id) or {}, "events": events, "training_events": training}
         seen = {"counters": self.state.counters(user_id), "seen": sorted(self.state.seen(user_id))}
         if erased_at is None:
@@ -394,12 +399,16 @@ class Recommender:
 
     def _query(self, version: Version, past: _Past) -> Queries:
         index, codes = version.catalogue.index, version.bundle.event_codes
-        since = [(row, codes.get(event.event, 0), event.timestamp) for event in past.since if (row := index.get(event.item_id)) is not None]
-        new = [np.array([entry[column] for entry in since], np.float64) for column in range(3)]
-        known = (past.rows, past.codes, past.times)
+        since = [
+            (row, codes.get(event.event, 0), event.timestamp, np.nan if event.value is None else event.value)
+            for event in past.since
+            if (row := index.get(event.item_id)) is not None
+        ]
+        new = [np.array([entry[column] for entry in since], np.float64) for column in range(4)]
+        known = (past.rows, past.codes, past.times, past.values)
         both = (np.append(old, column.astype(old.dtype))[-self.history_limit :] for old, column in zip(known, new, strict=True))
-        rows, events, times = both
-        return Queries(rows, events, times, np.array([0, len(rows)], np.int64), np.array([int(self.clock())], np.int64))
+        rows, events, times, values = both
+        return Queries(rows, events, times, values, np.array([0, len(rows)], np.int64), np.array([int(self.clock())], np.int64))
 
     def _allowed(self, version: Version, rules: dict[str, Any], wanted: set[str] | None) -> np.ndarray:
         mask = version.catalogue.available
@@ -584,8 +593,8 @@ def pad_candidates(retrieved: list[RetrievedOne]) -> Candidates:
     return Candidates(items, fused, log_probs, sources)
 
 
-def _bundle_history(version: Version, user_id: str, live: list[HistoryEvent]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, event codes and times in the bundle, without what state still has too (a later bundle learnt from the log)."""
+def _bundle_history(version: Version, user_id: str, live: list[HistoryEvent]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, event codes, times and values in the bundle, without what state still has too (a later bundle learnt from the log)."""
     found = version.bundle.histories.lookup(user_id)
     if found is None:
         return NO_PAST
@@ -593,9 +602,13 @@ def _bundle_history(version: Version, user_id: str, live: list[HistoryEvent]) ->
         return found
     index = version.catalogue.index
     again = {(index.get(event.item_id), int(event.timestamp)) for event in live}
-    rows, codes, times = found
+    rows, codes, times, values = found
     kept = np.array([event not in again for event in zip(rows.tolist(), times.tolist(), strict=True)], bool)
-    return rows[kept], codes[kept], times[kept]
+    return rows[kept], codes[kept], times[kept], values[kept]
+
+
+def _value(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def _no_items() -> pa.Table:

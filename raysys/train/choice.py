@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 
 from raysys.models.base import Candidates
+from raysys.models.grading import Grading
 from raysys.models.ranker import Ranker
 from raysys.pipeline import Pipeline, mix_scores, seen_mask
 from raysys.queries import Queries
 from raysys.train.config import TrainConfig
+from raysys.train.evidence import Evidence
+from raysys.train.judge import learn_judge
 from raysys.train.parts import Held, chunks
-from raysys.train.ranker import Logged, train_ranker
+from raysys.train.ranker import train_ranker
 
 RANKER_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 MAX_WEIGHT_QUERIES = 4000
@@ -24,6 +27,11 @@ MAX_CHOICE_SCORES = 40_000_000
 """Validation queries times items looked at when fusion is chosen; bounds memory."""
 AT_ONCE = 256
 """Queries answered together."""
+
+
+def max_judged(num_items: int) -> int:
+    """Positions on which the judge stops and is calibrated, at most."""
+    return int(np.clip(MAX_CHOICE_SCORES // num_items, 2000, 10_000))
 
 
 def max_fusion_queries(num_items: int) -> int:
@@ -37,15 +45,16 @@ def fusion_arguments(pipeline: Pipeline, held: Held) -> tuple[dict[str, Callable
     return scorers, held.targets, lambda rows: seen_mask(held.queries[rows], pipeline.num_items)
 
 
-def learn_ranker(pipeline: Pipeline, held: Held, *, item_counts: np.ndarray, settings: TrainConfig) -> tuple[Ranker, dict]:
-    """A ranker that learns from what the pipeline retrieves for some positions; see `train_ranker`.
+def learn_ranker(pipeline: Pipeline, evidence: Evidence, grading: Grading, settings: TrainConfig) -> tuple[Ranker, dict]:
+    """A ranker that learns from what the pipeline retrieves for the held-out positions; see `train_ranker` and `learn_judge`.
 
     Args:
-        pipeline: of sources that have not seen the positions, with their final mixture.
-        held: the positions.
-        item_counts: (N,) events that the sources were fitted on.
+        pipeline: of sources that were fitted on `Parts.fit`, with their final mixture.
+        evidence: of all users.
+        grading: how events are read.
         settings: of the training.
     """
+    held = evidence.held("heldout", settings.max_ranker_queries)
     kept, singles = [], []
     for rows in chunks(len(held), AT_ONCE):
         query = held.queries[rows]
@@ -53,17 +62,27 @@ def learn_ranker(pipeline: Pipeline, held: Held, *, item_counts: np.ndarray, set
         retrieved = pipeline.retrieve(query, allowed=seen_mask(query, pipeline.num_items), log_probs=log_probs)
         kept.append(retrieved.candidates)
         singles.append(pipeline.candidates_of(query, held.targets[rows][:, None], log_probs=log_probs))
-    logged = Logged(_concatenate(singles), held.positive) if held.positive.any() and not held.positive.all() else None
+    judge = learn_judge(
+        pipeline,
+        evidence.sample("fit"),
+        held,
+        Candidates.stack(singles),
+        evidence.held("choice", max_judged(pipeline.num_items)),
+        grading=grading,
+        ordinal_time=evidence.prepared.ordinal_time,
+        config=settings.judge,
+        seed=settings.seed,
+    )
     models = pipeline.bundle.models
     vectors = models["interest"].item_vectors if "interest" in models else models["dot_product"].item_vectors
     return train_ranker(
         held.queries,
-        _concatenate(kept),
+        Candidates.stack(kept),
         held.targets,
-        logged,
+        judge,
         item_vectors=vectors,
         content_vectors=models["content"].item_vectors if "content" in models else None,
-        item_counts=item_counts,
+        item_counts=evidence.item_counts,
         config=settings.ranker,
         seed=settings.seed,
     )
@@ -92,11 +111,6 @@ def choose_ranker_weight(pipeline: Pipeline, held: Held) -> tuple[float, dict[fl
 
     # The least weight within one standard error of the best one: more than that is fitted to the sample.
     return next(weight for weight in RANKER_WEIGHTS if is_as_good(weight)), means
-
-
-def _concatenate(parts: list[Candidates]) -> Candidates:
-    items, fused, log_probs = (np.concatenate([getattr(part, name) for part in parts]) for name in ("items", "fused", "log_probs"))
-    return Candidates(items, fused, log_probs, parts[0].sources)
 
 
 def _scores_of(model: Any, queries: Queries, rows: slice) -> np.ndarray:

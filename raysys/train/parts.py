@@ -1,6 +1,7 @@
 """Who may learn from what, and what is kept from whom to judge by it. No Ray here."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -82,23 +83,32 @@ class Held:
         queries: Q histories.
         targets: (Q,) int64 items that follow, UNKNOWN_ITEM possible.
         positive: (Q,) bool, whether the event that follows is a positive target.
+        events: (Q,) int8 code of that event. values: (Q,) float32 its value, NaN without.
     """
 
     queries: Queries
     targets: np.ndarray
     positive: np.ndarray
+    events: np.ndarray
+    values: np.ndarray
+    ANSWERS: ClassVar[tuple[str, ...]] = ("targets", "positive", "events", "values")
 
     @classmethod
     def at(cls, sequences: Sequences, positions: np.ndarray) -> "Held":
         """Flat positions of some sequences."""
         queries = sequences.queries_before(positions, max_events=MAX_HISTORY)
-        return cls(queries, sequences.items[positions].astype(np.int64), sequences.positive[positions])
+        about = (getattr(sequences, name)[positions] for name in ("positive", "events", "values"))
+        return cls(queries, sequences.items[positions].astype(np.int64), *about)
 
     @classmethod
     def stack(cls, parts: list["Held"]) -> "Held":
         """One or more, one after the other."""
         queries = Queries.stack([part.queries for part in parts])
-        return cls(queries, np.concatenate([part.targets for part in parts]), np.concatenate([part.positive for part in parts]))
+        return cls(queries, *(np.concatenate([getattr(part, name) for part in parts]) for name in cls.ANSWERS))
+
+    def take(self, rows: np.ndarray) -> "Held":
+        """Some of the positions."""
+        return Held(self.queries.take(rows), *(getattr(self, name)[rows] for name in self.ANSWERS))
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -18,6 +18,7 @@ from raysys.models.dot_product import DotProduct
 from raysys.models.fusion import Fusion
 from raysys.models.interest import InterestEncoder, InterestRetriever
 from raysys.models.linear import Linear
+from raysys.models.newcomers import placed
 from raysys.models.popularity import Popularity
 from raysys.pipeline import Pipeline
 from raysys.prepare.dataset import Prepared
@@ -64,6 +65,8 @@ class Sources:
             models["linear"] = Linear.fit(evidence.of(stage), num_items, settings.linear, event_weights=self.event_weights)
         if "content" in wanted and (vectors := self._text_vectors) is not None:
             models["content"] = ContentNeighbours.fit(vectors, settings.content)
+            if "interest" in models:
+                models["interest"] = placed(models["interest"], models["content"].item_vectors)
         # Popularity is always there: it answers where nothing else can.
         models["popularity"] = popularity
         if "dot_product" in wanted:

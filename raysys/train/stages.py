@@ -13,6 +13,7 @@ that it is then judged by: see `Parts`, which `Evidence` gives, and the `leakage
 
 import os
 import tempfile
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,15 @@ from safetensors.numpy import save as save_arrays
 from raysys import storage
 from raysys.bundle import load_model
 from raysys.models.fusion import NOT_JUDGED, Fusion, choose_fusion, judge_fusion
+from raysys.models.grading import Grading
 from raysys.models.interest import InterestEncoder
+from raysys.models.opinions import Opinions
 from raysys.pipeline import Pipeline
 from raysys.train.checkpoint import Saved
-from raysys.train.choice import MAX_WEIGHT_QUERIES, choose_ranker_weight, fusion_arguments, learn_ranker, max_fusion_queries
+from raysys.train.choice import MAX_WEIGHT_QUERIES, choose_ranker_weight, fusion_arguments, learn_ranker, max_fusion_queries, max_judged
 from raysys.train.encoder import TrainResult
 from raysys.train.encoder_stages import EncoderStages
+from raysys.train.judge import calibrate
 from raysys.train.sources import Sources
 from raysys.train.validation import validation
 from raysys.train.worker import Worker
@@ -97,13 +101,11 @@ class Stages:
         self.worker.save()
 
     def _rank_by(self, pipeline: Pipeline) -> None:
-        held = self.evidence.held("heldout", self.settings.max_ranker_queries)
-        ranker, figures = learn_ranker(pipeline, held, item_counts=self.evidence.item_counts, settings=self.settings)
+        ranker, figures = learn_ranker(pipeline, self.evidence, self._grading, self.settings)
         arrays, meta = ranker.to_arrays()
         self.worker.saved.dense |= {f"ranker/{name}": torch.from_numpy(np.array(array)) for name, array in arrays.items()}
         self.state["ranker"] = {"meta": meta, "report": figures}
-        auc = "" if figures["auc"] is None else f", AUC {figures['auc']:.3f}"
-        self.worker.say(f"ranker: {figures['queries']:,} held-out positions, target retrieved in {figures['recall']:.0%}{auc}")
+        self.worker.say(f"ranker: {figures['queries']:,} held-out positions, target retrieved in {figures['recall']:.0%}")
 
     def _refit(self) -> None:
         if self.settings.refit_epochs > 0:
@@ -132,9 +134,9 @@ class Stages:
         weight = 0.0
         by_weight: dict[float, float] = {}
         if self.state["ranker"] is not None:
-            ranker_report = self.state["ranker"]["report"]
             pipeline.ranker = self._load_ranker()
             pipeline.use(pipeline.fusion)  # the ranker's sources are computed too, with weight or without
+            ranker_report = {**self.state["ranker"]["report"], **self._judge_anew(pipeline, learnt_from)}
             weight, by_weight = choose_ranker_weight(pipeline, self.evidence.held("choice", MAX_WEIGHT_QUERIES))
         shares = ", ".join(f"{name} {share:.2f}" for name, share in pipeline.fusion.weights.items())
         self.worker.say(f"fusion: {shares}; ranker weight {weight:g}")
@@ -167,6 +169,26 @@ class Stages:
             },
         }
         storage.write_json(os.path.join(folder, PARTS), parts)
+
+    def _judge_anew(self, pipeline: Pipeline, stage: str) -> dict:
+        """Opinions from all that the sources learnt from, and a calibration of what will be served; figures where it was made."""
+        ranker = pipeline.ranker
+        assert ranker is not None
+        if ranker.judge is None:
+            return {}
+        seed, about = self.settings.seed, ranker.judge.opinions
+        of_stage = self.evidence.sample(stage)
+        opinions = Opinions.fit(of_stage, self.worker.num_items, about.grading, about.config, ordinal_time=about.ordinal_time, seed=seed)
+        choice = self.evidence.held("choice", max_judged(pipeline.num_items))
+        judge, figures = calibrate(ranker.judge.with_opinions(opinions), pipeline, choice)
+        pipeline.ranker = ranker.judged_by(judge)
+        auc = "" if figures["auc"] is None else f", AUC {figures['auc']:.3f}"
+        self.worker.say(f"judge: calibrated on {figures['positions']:,} positions{auc}")
+        return figures
+
+    @cached_property
+    def _grading(self) -> Grading:
+        return Grading.of(self.evidence.sample("fit"), self.prepared.events, self.prepared.manifest["event_types"])
 
     def _final_refit(self, folder: str) -> None:
         """Sources once more on all that may be learnt from, with everything chosen left as it is."""

@@ -52,10 +52,10 @@ def test_a_round_on_a_cluster_equals_one_in_this_process(cluster, tmp_path, monk
     )
     arguments = {"once": True, "config": CONFIG}
     monkeypatch.setenv("RAY_ADDRESS", cluster)
-    first = run_online(remote.uri, log.folder, str(tmp_path / "state"), **arguments)
-    again = run_online(remote.uri, log.folder, str(tmp_path / "state"), **arguments)
+    first = run_online(remote.uri, log.folder, **arguments)
+    again = run_online(remote.uri, log.folder, **arguments)
     monkeypatch.delenv("RAY_ADDRESS")
-    second = run_online(local.uri, log.folder, str(tmp_path / "state"), **arguments)
+    second = run_online(local.uri, log.folder, **arguments)
     assert (first["status"], again["status"], second["status"]) == ("published", "idle", "published")
     assert first["figures"] == second["figures"]
     published, expected = (Bundle.open(registry.bundle_uri(registry.current().version)) for registry in (remote, local))

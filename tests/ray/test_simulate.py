@@ -1,13 +1,20 @@
 """A timeline through the running service, with the learner on and off."""
 
 import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from raysys import storage
+from raysys import cluster, storage
 from raysys.online.simulate import SimulateConfig, recovery, simulate, split
+from raysys.serve.launch import _family, port_holder
 from tests import planted
 
 
@@ -56,6 +63,39 @@ def test_both_arms_of_a_small_replay(tmp_path, monkeypatch):
     assert len(off["versions"]) == 1 and len(on["versions"]) > 1
     first = published[0]["at"]
     assert on["hits"][:first] == off["hits"][:first], "before the first version the arms are the same"
+
+
+def test_ray_does_not_keep_the_signal(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ours = lambda *_: sys.exit(143)  # noqa: E731
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with cluster.connected():
+            assert signal.getsignal(signal.SIGTERM) is ours
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.slow
+def test_a_terminated_replay_leaves_no_service_behind(tmp_path, planted_bundle):
+    write_data(str(tmp_path / "data"))
+    token = f"RAYSYS_TEST_CHILD={secrets.token_hex(8)}"
+    environment = {**os.environ, **dict([token.split("=")])}
+    environment.pop("RAY_ADDRESS", None)
+    arguments = ["simulate", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--model", planted_bundle]
+    arguments += ["--set", "port=8079", "--set", "share=0.5"]
+    command = [sys.executable, "-c", "import sys; from raysys.cli import main; sys.exit(main())", *arguments]
+    process = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("out/off/events/seg-*.log")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.2)
+    assert process.poll() is None and port_holder(8079), "events are on their way"
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    assert process.wait(timeout=60) == 143
+    assert _family(token.encode()) == [] and port_holder(8079) is None
 
 
 def test_recovery_counts_from_the_flip():

@@ -164,7 +164,7 @@ def test_what_cannot_be_evaluated_is_refused(prepared, model, tmp_path):
 class GivenProbabilities:
     """A ranker that knows P(positive) of each item, but nothing about users without history."""
 
-    sources = ()
+    sources, judge = (), None
 
     def __init__(self, probabilities):
         self.probabilities = np.array(probabilities, np.float32)

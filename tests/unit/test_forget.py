@@ -5,7 +5,12 @@ import pytest
 from raysys.bundle import Bundle
 from raysys.events.identity import PSEUDONYM, is_genuine, user_key
 from raysys.lake.compact import compact
+from raysys.online.config import OnlineConfig
 from raysys.online.feed import read_fresh
+from raysys.online.learner import Learner
+from raysys.registry import Registry
+from raysys.serve.catalogue import Catalogue, live_encoder
+from raysys.serve.recommender import Version
 from tests.world import NOW, World
 
 NAME = "user-0"
@@ -105,3 +110,23 @@ def test_a_bundle_that_no_longer_knows_the_user_is_named(world, planted_bundle, 
     )
     world.recommender.version = dataclasses.replace(version, bundle=bundle)
     assert held(world)["erasure"] == {"at": NOW, "first_version_without": "next"}
+
+
+def test_a_rollback_to_a_version_that_holds_the_user_does_not_answer_from_it(world, planted_bundle, tmp_path):
+    registry = Registry(tmp_path / "registry")
+    registry.publish(planted_bundle)
+    first = registry.current().version
+    world.client.delete(f"/v1/users/{NAME}")
+    learner = Learner(registry.uri, world.place("events"), OnlineConfig(epochs=0))
+    assert learner.round()["status"] == "published"
+    registry.rollback()
+    back = Bundle.open(registry.bundle_uri(registry.current().version))
+    assert back.version == first and back.histories.lookup(NAME) is not None, "the version of before still has the row"
+    world.recommender.version = Version.of(back, Catalogue(back.items, live_encoder(back)))
+    assert world.ask(user_id=NAME, n=3)["strategy"] == "cold_start" and held(world)["training_events"] == []
+    assert world.ask(user_id="user-1", n=3)["strategy"] == "personalized", "nobody else is forgotten"
+    registry.publish(registry.bundle_uri(first), unpin=True)
+    report = learner.round()
+    assert report["status"] == "published", "what is learnt from there on forgets the user again"
+    assert Bundle.open(registry.bundle_uri(report["version"])).histories.lookup(NAME) is None
+    learner.log.close()

@@ -21,7 +21,7 @@ def bundle():
     sequences = flat_sequences(np.array([0, 1, 2, 3]), np.array([1, 1, 1, 1]), np.array([10, 20, 15, 5]), np.array([0, 2, 3, 4]))
     histories = Histories.build(sequences, ["ann", "bob", "cid"], max_events=3)
     items = pa.table({"item_idx": pa.array(range(4), pa.int32()), "item_id": ITEMS})
-    return Bundle(items, {}, {}, histories, {"events": ["other", "view", "purchase"]})
+    return Bundle(items, {}, {}, histories, {"events": ["other", "view", "purchase"], "created": "2026-01-01T00:00:00+00:00"})
 
 
 @pytest.fixture

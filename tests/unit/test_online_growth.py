@@ -49,7 +49,7 @@ def bundle(monkeypatch):
         "popularity": Popularity.fit(flat, N),
         "content": content,
         "dot_product": DotProduct.fit(flat, N, DotProductConfig(dim=4, steps=3)),
-        "ranker": Ranker(network, ("interest", "covisit"), calibration=(1.0, 0.0), label="x", negatives="y"),
+        "ranker": Ranker(network, ("interest", "covisit"), calibration=(1.0, 0.0)),
     }
     weights = {"interest": 0.4, "covisit": 0.3, "content": 0.2, "popularity": 0.1}
     fusion = {"mixture": Fusion.of(weights, dict.fromkeys(weights, 1.0)).to_dict(), "ranker_weight": 0.0}
@@ -61,7 +61,7 @@ def bundle(monkeypatch):
     return Bundle(items, models, fusion, histories, {"events": ["other", "view"], "log_offset": None})
 
 
-QUERY = Queries(np.array([0, 1], np.int32), np.ones(2, np.int8), np.arange(2), np.array([0, 2]), np.array([2]))
+QUERY = Queries(np.array([0, 1], np.int32), np.ones(2, np.int8), np.arange(2), np.full(2, np.nan), np.array([0, 2]), np.array([2]))
 
 
 def test_old_rows_say_what_they_said(bundle):

@@ -1,4 +1,5 @@
 import dataclasses
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +15,9 @@ from raysys.models.covisit import Covisitation
 from raysys.models.fusion import Fusion
 from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetriever
 from raysys.models.popularity import Popularity
-from raysys.online import learner as learner_module
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import flat_sequences, read_fresh
+from raysys.online.gate import is_change, reached, verdict
 from raysys.online.improve import improve
 from raysys.online.learner import Learner, run_online
 from raysys.registry import Registry
@@ -27,6 +28,8 @@ N = 40
 """Planted truth of the training data: item i is followed by i + 2; later users jump from i to i + STEP instead."""
 STEP = 13
 CONFIG = OnlineConfig(anchor_users=40, replay_users=60, batch_size=32, lr=1e-3)
+ALONE = dataclasses.replace(CONFIG, recent_half_life_days=0, mixture_prior=0)
+"""Without the parts that make up for an encoder that was spoilt."""
 
 
 def walks(num_users, step, length, rng):
@@ -75,7 +78,7 @@ def learner_of(world, config=CONFIG, **options):
     return Learner(registry.uri, log.folder, config, **options)
 
 
-def events_of(items, first_user, *, step_s=100):
+def events_of(items, first_user, *, step_s=100, first_time=1e6):
     """Records of users that walk along the rows of `items`."""
     records = [
         {
@@ -83,7 +86,7 @@ def events_of(items, first_user, *, step_s=100):
             "user_id": f"n{first_user + row}",
             "item_id": f"i{item}",
             "event": "view",
-            "timestamp": 1e6 + step_s * column + row,
+            "timestamp": first_time + step_s * column + row,
         }
         for column in range(items.shape[1])
         for row, item in enumerate(items[:, column])
@@ -191,12 +194,12 @@ def test_a_worse_update_is_refused_once_and_tried_again_with_more_events(world, 
             parameter.data.normal_(generator=generator)
 
     monkeypatch.setattr("raysys.online.improve.train_encoder", ruined)
-    learner = learner_of(world, CONFIG)
-    log.append(events_of(walks(20, STEP, 4, np.random.default_rng(0)), 0))
+    learner = learner_of(world, ALONE)
+    log.append(events_of(walks(20, 2, 4, np.random.default_rng(0)), 0))
     report = learner.round()
     assert report["status"] == "refused" and "the margin is 0.02" in report["reason"]
     assert learner.round()["status"] == "waiting"
-    log.append(events_of(walks(20, STEP, 4, np.random.default_rng(1)), 20))
+    log.append(events_of(walks(20, 2, 4, np.random.default_rng(1)), 20))
     assert learner.round()["status"] == "refused"
     assert registry.current() == pointer
 
@@ -218,9 +221,85 @@ def test_each_gate_stops_what_the_others_let_pass(world, monkeypatch):
         ("max_log_loss_rise", 0.1, "calibration"),
         ("max_drift", 0.1, "score drift"),
     ):
-        report = learner_of(world, dataclasses.replace(CONFIG, **{**open_gates, gate: bound})).round()
+        report = learner_of(world, dataclasses.replace(ALONE, **{**open_gates, gate: bound})).round()
         assert report["status"] == "refused" and words in report["reason"]
     assert learner_of(world, dataclasses.replace(CONFIG, **open_gates)).round()["status"] == "published"
+
+
+def test_the_mixture_follows_what_has_changed(world, tmp_path):
+    """The encoder stays as it is here: what wins is weight that leaves it for the sources that count."""
+    registry, log = world
+    still, copy = dataclasses.replace(ALONE, epochs=0, margin=2.0), Registry(tmp_path / "copy")
+    copy.publish(registry.bundle_uri(registry.current().version))
+    rng, found = np.random.default_rng(5), {}
+    for part in range(3):
+        log.append(events_of(walks(40, STEP, 6, rng), 100 * part, first_time=1e6 + 1e4 * part))
+        for place, config in ((registry, dataclasses.replace(CONFIG, epochs=0, mixture_prior=20, margin=2.0)), (copy, still)):
+            report = Learner(place.uri, log.folder, config).round()
+            assert report["status"] == "published", report.get("reason")
+            found[place.uri] = report["figures"]["prequential"]["ndcg@10"]
+    mixed, unmixed = current(world), current((copy, log))
+    assert "recent" not in unmixed.models and unmixed.fusion == mixed.fusion | {"mixture": unmixed.fusion["mixture"]}
+    before, after = unmixed.fusion["mixture"]["weights"], mixed.fusion["mixture"]["weights"]
+    assert after["recent"] > 0 and after["interest"] < before["interest"] - 0.2, (before, after)
+    assert found[registry.uri] > found[copy.uri] + 0.05, "on events that neither had learnt"
+
+
+def test_a_proven_change_starts_the_forgetting_source_anew_once(world):
+    _, log = world
+    config = dataclasses.replace(CONFIG, epochs=0)
+    for part, step in enumerate((2, STEP, STEP)):
+        log.append(events_of(walks(40, step, 6, np.random.default_rng(part)), 100 * part))
+        report = learner_of(world, config).round()
+        assert report["status"] == "published" and report["figures"]["changed"] == (part == 1), report["figures"]
+    newest = [walks(40, STEP, 6, np.random.default_rng(part)) for part in (1, 2)]
+    expected = np.bincount(np.concatenate(newest).ravel(), minlength=N)
+    assert (current(world).models["recent"].to_arrays()[0]["occurrences"] > 0).sum() == (expected > 0).sum()
+    assert current(world).models["recent"].to_arrays()[0]["occurrences"].sum() == pytest.approx(expected.sum(), rel=1e-2)
+
+
+def test_a_loss_counts_beyond_its_standard_error():
+    rng = np.random.default_rng(0)
+    bundle = Bundle(pa.table({"item_id": ["a"]}), {}, {}, Histories(pa.table({"user_key": []}), 1))
+
+    def said(loss, num_events):
+        losses = np.tile(loss + rng.permutation(np.repeat([-0.2, 0.2], num_events // 2))[:, None], 2)  # an error of .2 / sqrt(events)
+        return verdict(bundle, {"new": (losses, np.zeros_like(losses))}, OnlineConfig(margin=0.02), {})
+
+    assert said(0.035, 100) == "" and "new slice fell by 0.0450, the margin is 0.02" in said(0.045, 100)
+    assert "new slice fell by 0.0350" in said(0.035, 1000)
+
+
+def test_a_proven_change_is_told_from_a_bad_spell():
+    hits = np.repeat([1.0, 0.0], [6, 94])
+    assert is_change(0.3, hits, 0.5), "6% and twice 2.6% are less than half of 30%"
+    assert not is_change(0.2, hits, 0.5) and not is_change(None, hits, 0.5)
+    assert not is_change(0.3, np.zeros(5), 0.5) and is_change(0.3, np.zeros(100), 0.5), "five misses prove nothing"
+    assert (
+        reached(None, hits) == pytest.approx(0.06)
+        and reached(0.3, hits) == pytest.approx(0.27)
+        and reached(0.05, hits) == pytest.approx(0.06)
+    )
+
+
+def test_users_without_news_do_not_hold_up_a_proven_change(world, monkeypatch):
+    """Old users lose their encoder; that is held against an update until the serving version has stopped to predict what happens."""
+    _, log = world
+
+    def ruined(encoder, *arguments, **options):
+        generator = torch.Generator().manual_seed(0)
+        for parameter in encoder.parameters():
+            parameter.data.normal_(generator=generator)
+
+    log.append(events_of(walks(30, 2, 6, np.random.default_rng(0)), 0))
+    first = learner_of(world, ALONE).round()
+    assert first["status"] == "published" and first["figures"]["level"] > 0.8 and not first["figures"]["changed"]
+    monkeypatch.setattr("raysys.online.improve.train_encoder", ruined)
+    log.append(events_of(walks(30, STEP, 6, np.random.default_rng(1)), 100))
+    held = learner_of(world, dataclasses.replace(ALONE, proven_fall=1.0)).round()
+    assert held["status"] == "refused" and "anchor" in held["reason"]
+    followed = learner_of(world, ALONE).round()
+    assert followed["status"] == "published" and followed["figures"]["changed"] and followed["figures"]["level"] > 0.7
 
 
 def test_values_that_are_not_finite_are_refused(world):
@@ -289,6 +368,16 @@ def test_an_erased_user_leaves_the_next_version(world):
     assert learner_of(world).round()["status"] == "idle"
 
 
+def test_an_erasure_counts_also_when_retention_has_dropped_its_record(world):
+    _, log = world
+    log.append([{"kind": "erase", "user_key": user_key("u3").hex(), "at": time.time() + 10}])
+    log.close()
+    for segment in log.segments():
+        log.drop(segment)
+    assert learner_of(world).round()["status"] == "published"
+    assert current(world).histories.lookup("u3") is None and current(world).histories.lookup("u4") is not None
+
+
 def test_another_user_key_is_refused(world, monkeypatch):
     monkeypatch.setenv("RAYSYS_USER_KEY", "another key for tests")
     with pytest.raises(ConfigError, match="written with user key"):
@@ -298,20 +387,21 @@ def test_another_user_key_is_refused(world, monkeypatch):
 def test_run_online_once(world, tmp_path, capsys):
     registry, log = world
     log.append(events_of(walks(20, STEP, 4, np.random.default_rng(0)), 0))
-    report = run_online(registry.uri, log.folder, str(tmp_path / "state"), once=True, config=CONFIG)
+    report = run_online(registry.uri, log.folder, once=True, config=CONFIG)
     assert report["status"] == "published" and report["version"] == registry.current().version
     assert f"published: version {report['version']}, 80 events" in capsys.readouterr().out
 
 
 def test_no_model_is_a_state_and_not_an_error(tmp_path):
-    report = run_online(str(tmp_path / "empty"), str(tmp_path / "events"), str(tmp_path / "state"), once=True)
+    report = run_online(str(tmp_path / "empty"), str(tmp_path / "events"), once=True)
     assert report["status"] == "no model"
 
 
-def test_one_learner_a_state(world, tmp_path):
+def test_one_learner_a_log(world):
     registry, log = world
-    with learner_module._only_one(str(tmp_path / "state")), pytest.raises(StateError, match="another"):
-        run_online(registry.uri, log.folder, str(tmp_path / "state"), once=True)
+    with log.exclusive("learner"), pytest.raises(StateError, match="alone at learner"):
+        run_online(registry.uri, log.folder, once=True)
+    assert run_online(registry.uri, log.folder, once=True)["status"] == "idle"
 
 
 def test_a_refusal_by_the_registry_itself_is_not_hidden(world, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from raysys.errors import ConfigError
 from raysys.online.feed import flat_sequences
 from raysys.queries import Queries
-from raysys.train.config import LARGE_CATALOGUE, load_train_config, with_data_defaults
+from raysys.train.config import LARGE_CATALOGUE, demo_config, load_train_config, with_data_defaults
 
 LENGTHS, LONG = np.full(1000, 8), np.full(5000, 100)
 
@@ -22,6 +22,16 @@ def test_many_long_histories_get_depth_and_less_dropout():
     assert (few.num_layers, few.dropout, few.max_length) == (2, 0.3, 128)
     assert (many.num_layers, many.dropout, many.max_length) == (4, 0.2, 128)
     assert defaults(["interest.num_layers=1"], lengths=LONG).interest.num_layers == 1
+
+
+def test_much_data_with_long_histories_is_learnt_longer():
+    assert [defaults(lengths=lengths).encoder.epochs for lengths in (LENGTHS, np.full(1000, 100), LONG)] == [20, 20, 32]
+    assert defaults(["encoder.epochs=3"], lengths=LONG).encoder.epochs == 3
+
+
+def test_the_demo_keeps_its_own_settings():
+    settings, given = demo_config()
+    assert with_data_defaults(settings, given, LENGTHS, 2000, 0.0).encoder.epochs == settings.encoder.epochs == 10
 
 
 def test_only_unseen_items_are_learnt_where_long_histories_hardly_repeat():

@@ -1,0 +1,56 @@
+"""What goes with what these days: a co-visitation that forgets, which only the learner keeps.
+
+It is not trained: in a bundle that nobody updates it would go stale within days and
+mislead. The learner makes it in its first round, from the newest events of the
+bundle's histories, and counts every later event; the mixture decides what it is worth.
+"""
+
+import numpy as np
+import pyarrow.compute as pc
+
+from raysys.bundle import Bundle, Histories
+from raysys.models.covisit import Covisitation, CovisitConfig
+from raysys.online.feed import flat_sequences
+from raysys.prepare.dataset import Sequences
+
+RECENT = "recent"
+"""Name of the source in a bundle."""
+HALF_LIVES = 8
+"""Older events than this many half-lives are not counted when it is made: they weigh less than 1/256."""
+
+
+def with_recent(bundle: Bundle, half_life_days: float) -> Bundle:
+    """The bundle with the source: its own where it has one of this half-life, else one made from its histories.
+
+    Args:
+        bundle: not changed. Weights and manifest stay, so a source that is new has no weight yet.
+        half_life_days: a pair counts half after so many days of the data's own time; 0 for no such source.
+    """
+    have = bundle.models.get(RECENT)
+    if half_life_days <= 0 or bundle.manifest.get("time") == "ordinal" or (have and have.config.half_life_days == half_life_days):
+        return bundle
+    trained = bundle.models.get("covisit")
+    weights = () if trained is None else trained.event_weights
+    config = CovisitConfig(half_life_days=half_life_days)
+    newest = _newest(bundle.histories, half_life_days)
+    source = Covisitation.fit(newest, bundle.items.num_rows, config, event_weights=weights)
+    return Bundle(bundle.items, {**bundle.models, RECENT: source}, bundle.fusion, bundle.histories, bundle.manifest)
+
+
+def emptied(bundle: Bundle) -> Bundle:
+    """The bundle with a source that has counted nothing: what it counted is known to be true no longer."""
+    if RECENT not in bundle.models:
+        return bundle
+    old = bundle.models[RECENT]
+    source = Covisitation.empty(old.num_items, old.config, event_weights=old.event_weights)
+    return Bundle(bundle.items, {**bundle.models, RECENT: source}, bundle.fusion, bundle.histories, bundle.manifest)
+
+
+def _newest(histories: Histories, half_life_days: float) -> Sequences:
+    """What happened in the last half-lives before the newest event, by user."""
+    table = histories.table.combine_chunks()
+    lengths = pc.list_value_length(table["item_idx"]).to_numpy().astype(np.int64)
+    items, events, times = (pc.list_flatten(table[name]).to_numpy() for name in ("item_idx", "event", "timestamp"))
+    everything = flat_sequences(items, events, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    oldest = everything.times.max(initial=0) - HALF_LIVES * half_life_days * 86_400
+    return everything.where(everything.times >= oldest)
