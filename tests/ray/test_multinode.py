@@ -43,7 +43,7 @@ from raysys.train.config import load_train_config
 from raysys.train.run import train
 from raysys.tune.run import tune
 from tests import planted
-from tests.service import apart_config
+from tests.service import apart_config, replica_pids
 from tests.traffic import Traffic
 
 SETTINGS = [
@@ -78,6 +78,13 @@ class Nodes:
 
     def add(self):
         return self.cluster.add_node(num_cpus=1, num_gpus=1, env_vars=self.home())
+
+    def with_replica_of(self, name: str):
+        """The worker node that holds a replica, by the home that its processes were given."""
+        homes = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in replica_pids(name)]
+        return next(
+            node for node in self.workers if any(f"RAYSYS_HOME={node._ray_params.env_vars['RAYSYS_HOME']}".encode() in h for h in homes)
+        )
 
     def kill_when(self, happened: Callable[[], bool], *, timeout_s: float = 120.0) -> "Killing":
         return Killing(self, happened, timeout_s)
@@ -320,13 +327,15 @@ def test_the_whole_road(nodes, prepared, bundle, at):
 
 
 @pytest.mark.slow
-def test_a_node_with_model_replicas_dies_under_load(nodes, bundle, at):
-    """Both worker nodes hold replicas of retrieval or ranking; answers of the moment are degraded, none is missing."""
-    Registry(at("registry")).publish(bundle)
-    with serving(nodes, at("registry")) as base_url, Traffic(base_url, clients=2) as traffic:
+def test_a_node_with_model_replicas_dies_under_load(nodes, tmp_path, at):
+    """Answers of the moment are degraded, none is missing; the replicas come up again on the other node or on the new one."""
+    planted.build_bundle().write(str(tmp_path / "bundle"), manifest=planted.manifest())  # under the key of these nodes
+    Registry(at("registry-2")).publish(str(tmp_path / "bundle"))
+    with serving(nodes, at("registry-2")) as base_url, Traffic(base_url, clients=2) as traffic:
         traffic.wait_until_sound()
-        killed = time.monotonic()
-        nodes.cluster.remove_node(nodes.workers.pop(0), allow_graceful=False)
+        victim, killed = nodes.with_replica_of("Retrieval"), time.monotonic()
+        nodes.workers.remove(victim)
+        nodes.cluster.remove_node(victim, allow_graceful=False)
         traffic.wait_until(lambda seen: any(one.degraded for one in seen), since=killed)
         nodes.workers.append(nodes.add())
         traffic.wait_until_sound(timeout_s=120)
