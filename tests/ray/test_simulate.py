@@ -53,7 +53,7 @@ def test_both_arms_of_a_small_replay(tmp_path, monkeypatch):
     write_data(str(tmp_path / "data"))
     config = SimulateConfig(share=0.1, learn_every=60, window=30, train_epochs=2)
     result = simulate(str(tmp_path / "data"), str(tmp_path / "out"), config)
-    assert result == json.loads((tmp_path / "out" / "replay.json").read_text())
+    assert json.loads(json.dumps(result)) == json.loads((tmp_path / "out" / "replay.json").read_text())
     assert (tmp_path / "out" / "replay.png").stat().st_size > 10_000
     off, on = result["arms"]["off"], result["arms"]["on"]
     assert len(off["hits"]) == len(on["hits"]) == result["events"] > 120
@@ -61,6 +61,7 @@ def test_both_arms_of_a_small_replay(tmp_path, monkeypatch):
     published = [one for one in on["rounds"] if one["status"] == "published"]
     assert len(on["rounds"]) == result["events"] // 60 and published
     assert len(off["versions"]) == 1 and len(on["versions"]) > 1
+    assert len(on["visible"]) == -(-result["events"] // 20) and np.mean([one["changed"] for one in on["visible"]]) > 0.5
     first = published[0]["at"]
     assert on["hits"][:first] == off["hits"][:first], "before the first version the arms are the same"
 
