@@ -14,7 +14,7 @@ import pytest
 
 from raysys import cluster, storage
 from raysys.online.simulate import SimulateConfig, recovery, simulate, split
-from raysys.serve.launch import _family, port_holder
+from raysys.serve.launch import family, port_holder
 from tests import planted
 
 
@@ -96,7 +96,7 @@ def test_a_terminated_replay_leaves_no_service_behind(tmp_path, planted_bundle):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
     assert process.wait(timeout=60) == 143
-    assert _family(token.encode()) == [] and port_holder(8079) is None
+    assert family(token.encode()) == [] and port_holder(8079) is None
 
 
 def test_recovery_counts_from_the_flip():

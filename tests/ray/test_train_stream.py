@@ -98,6 +98,7 @@ def test_a_streamed_training_reads_pieces_only(unreadable, ray_cluster, tmp_path
     assert bundle.histories.table == Histories.build(everyone.upto("valid"), planted.user_ids(), max_events=200).table
 
 
+@pytest.mark.slow
 def test_trials_of_a_sweep_read_pieces_only(unreadable, ray_cluster, tmp_path):
     settings = ["encoder.epochs=2", "encoder.batch_size=32", "encoder.lr=5e-3", "encoder.warmup_steps=5", "encoder.validate_every=1"]
     shape = ["interest.dim=16", "interest.num_layers=1", "interest.max_length=16", *STREAM[:2]]
