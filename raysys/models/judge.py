@@ -157,13 +157,14 @@ class JudgeNetwork(nn.Module):
         """
         rows, places = torch.unique(torch.cat([items.flatten(), history.flatten()]), return_inverse=True)
         projected = self.dropout(self.project(torch.cat([table[rows] for table in tables], dim=1)))
-        candidate_BKA = projected[places[: items.numel()]].view(*items.shape, -1)
-        past_BTA = projected[places[items.numel() :]].view(*history.shape, -1)
+        # As embeddings: the backward of plain indexing adds up in an order that differs from run to run where there are several threads.
+        candidate_BKA = F.embedding(places[: items.numel()], projected).view(*items.shape, -1)
+        past_BTA = F.embedding(places[items.numel() :], projected).view(*history.shape, -1)
         event_BTA = self.event(torch.stack([grades, liked.float()], dim=2))
         T = history.shape[1]
         age_BT = (real.sum(dim=1, keepdim=True) - 1 - torch.arange(T)).clamp(min=0)
         logits = self.query(candidate_BKA) @ self.key(past_BTA + event_BTA).transpose(1, 2) / self.config.width**0.5
-        logits = (logits + self.recency[age_BT][:, None, :]).masked_fill(~real[:, None, :], -1e9)
+        logits = (logits + F.embedding(age_BT, self.recency[:, None])[:, None, :, 0]).masked_fill(~real[:, None, :], -1e9)
         value_BTA = self.value(torch.cat([past_BTA, past_BTA * grades[..., None], event_BTA], dim=2)) * real[..., None]
         attended_BKA = logits.softmax(dim=2) @ value_BTA
         known = torch.nan_to_num((dense - self.mean) / self.std, nan=0.0).clamp(-5, 5)
