@@ -35,6 +35,8 @@ from raysys.prepare.dataset import Sequences
 from raysys.schema import ITEM_ID, ITEM_IDX, UNKNOWN_ITEM
 
 FORMAT = "raysys-bundle/2"
+WRITTEN = ("format", "version", "created", "user_key_id", "history_max_events", "fusion", "models", "files", "packing")
+"""What `Bundle.write` puts into a manifest itself."""
 MANIFEST, VOCABULARY, ITEMS, HISTORIES = "manifest.json", "vocabulary.parquet", "items.parquet", "histories.parquet"
 
 MODEL_CLASSES = {
@@ -157,6 +159,11 @@ class Bundle:
     def events(self) -> list[str]:
         """Event names by code; code 0 is for all others."""
         return self.manifest["events"]
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the manifest says beyond what `write` puts there: for the manifest of a version that is made from this one."""
+        return {name: value for name, value in self.manifest.items() if name not in WRITTEN}
 
     @cached_property
     def event_codes(self) -> dict[str, int]:

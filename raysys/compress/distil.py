@@ -57,4 +57,4 @@ def distilled(bundle: Bundle, prepared: Prepared, settings: CompressConfig, say=
         on_epoch=lambda entry: say(f"student: epoch {entry['epoch']}, ndcg@10 {entry['validation']:.4f}, {entry['seconds']:.0f} s"),
     )
     models = {**bundle.models, "interest": InterestRetriever(student, retriever.warm)}
-    return Bundle(bundle.items, models, bundle.fusion, bundle.histories, bundle.manifest)
+    return dataclasses.replace(bundle, models=models)

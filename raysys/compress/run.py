@@ -4,7 +4,7 @@ The original is untouched; the result is a new bundle that says in its manifest
 what was done to it, to which version, and what it cost and gained.
 """
 
-import dataclasses
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -16,8 +16,6 @@ from raysys.compress.steps import pruned, quantized, without_unused
 from raysys.errors import ConfigError
 from raysys.evaluate import metrics
 from raysys.prepare.dataset import Prepared
-
-WRITTEN_BY_BUNDLE = ("format", "version", "created", "user_key_id", "history_max_events", "fusion", "models", "files", "packing")
 
 
 def compress(model_uri: str, prepared_uri: str, out: str, settings: CompressConfig, say=print) -> dict:
@@ -53,10 +51,8 @@ def compress(model_uri: str, prepared_uri: str, out: str, settings: CompressConf
             if kept:
                 bundle, packing = candidate, packing or step == "quantize"
                 break
-    report = {"from": bundle.version, "max_loss": settings.max_loss, "steps": rows, "settings": dataclasses.asdict(settings)}
-    manifest = {name: value for name, value in bundle.manifest.items() if name not in WRITTEN_BY_BUNDLE}
-    result = Bundle(bundle.items, bundle.models, bundle.fusion, bundle.histories)
-    version = result.write(out, manifest={**manifest, "compression": report}, packing=packing)
+    report = {"from": bundle.version, "max_loss": settings.max_loss, "steps": rows, "settings": asdict(settings)}
+    version = replace(bundle, manifest={}).write(out, manifest={**bundle.told, "compression": report}, packing=packing)
     return {**report, "version": version}
 
 

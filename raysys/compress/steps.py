@@ -1,5 +1,7 @@
 """What can be taken away from a bundle without training: sources, entries, bits. Each gives a new bundle in memory."""
 
+import dataclasses
+
 import numpy as np
 
 from raysys.bundle import Bundle, load_model
@@ -18,7 +20,7 @@ def without_unused(bundle: Bundle) -> Bundle:
     looked_at = {*bundle.fusion.get("ranker_sources", ()), *ALWAYS}
     kept = {name: model for name, model in bundle.models.items() if name in looked_at or mixture["weights"].get(name, 0.0) > 0}
     parts = {part: {name: value for name, value in mixture[part].items() if name in kept} for part in ("weights", "temperatures")}
-    return Bundle(bundle.items, kept, {**bundle.fusion, "mixture": {**mixture, **parts}}, bundle.histories, bundle.manifest)
+    return dataclasses.replace(bundle, models=kept, fusion={**bundle.fusion, "mixture": {**mixture, **parts}})
 
 
 def pruned(bundle: Bundle, most: int) -> Bundle:
@@ -28,7 +30,7 @@ def pruned(bundle: Bundle, most: int) -> Bundle:
         if name in models:
             arrays, meta = models[name].to_arrays()
             models[name] = load_model(name, _largest_entries(arrays, values, most), meta)
-    return Bundle(bundle.items, models, bundle.fusion, bundle.histories, bundle.manifest)
+    return dataclasses.replace(bundle, models=models)
 
 
 def quantized(bundle: Bundle) -> Bundle:
@@ -37,7 +39,7 @@ def quantized(bundle: Bundle) -> Bundle:
     for name, model in bundle.models.items():
         arrays, meta = model.to_arrays()
         models[name] = load_model(name, unpacked(*packed(arrays)), meta)
-    return Bundle(bundle.items, models, bundle.fusion, bundle.histories, bundle.manifest)
+    return dataclasses.replace(bundle, models=models)
 
 
 def _largest_entries(arrays: Arrays, values: str, most: int) -> Arrays:

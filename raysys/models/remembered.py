@@ -33,7 +33,8 @@ class Remembered:
             return self._answer(queries)
 
     def _answer(self, queries: Queries) -> np.ndarray:
-        keys = [self._key(queries, row) for row in range(len(queries))]
+        gaps = queries.gaps  # times themselves would tell apart what the encoder does not
+        keys = [self._key(queries, gaps, row) for row in range(len(queries))]
         # Those of this batch apart: a batch larger than the memory must not lose what it has just found.
         found: dict[bytes, np.ndarray] = {key: vector for key in keys if (vector := self._vectors.get(key)) is not None}
         missing = [row for row, key in enumerate(keys) if key not in found]
@@ -48,9 +49,8 @@ class Remembered:
             self._vectors.popitem(last=False)
         return np.stack([found[key] for key in keys])
 
-    def _key(self, queries: Queries, row: int) -> bytes:
+    def _key(self, queries: Queries, gaps: np.ndarray, row: int) -> bytes:
         first, stop = queries.indptr[row], queries.indptr[row + 1]
         window = slice(max(first, stop - self._max_length), stop)
-        gaps = queries[row : row + 1].gaps[window.start - first :]  # times themselves would tell apart what the encoder does not
-        content = (queries.items[window].tobytes(), queries.events[window].tobytes(), gaps.tobytes())
+        content = (queries.items[window].tobytes(), queries.events[window].tobytes(), gaps[window].tobytes())
         return hashlib.blake2b(b"".join(content), digest_size=16).digest()

@@ -6,6 +6,7 @@ serving models first predict every new event before anything learns from it
 the newest ones. Only after both is the published update made, from all events.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,7 @@ def _updated(bundle: Bundle, sequences: Sequences, new: np.ndarray, replay: Sequ
         models["interest"] = _fine_tuned(models["interest"], sequences, new, replay, config, seed)
     if "ranker" in models:
         models["ranker"] = models["ranker"].counted(sequences, new)
-    return Bundle(bundle.items, models, bundle.fusion, bundle.histories, bundle.manifest)
+    return dataclasses.replace(bundle, models=models)
 
 
 def _counted(models: Mapping[str, Any], sequences: Sequences, new: np.ndarray) -> dict[str, Any]:

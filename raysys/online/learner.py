@@ -37,7 +37,6 @@ INTERVAL_S = 30.0
 """Seconds from the end of a round to the next, by default."""
 CONSUMER = "online"
 """Name under which the log remembers the offset of the version in use, so that retention waits for the learner."""
-WRITTEN_BY_BUNDLE = ("format", "version", "created", "user_key_id", "history_max_events", "fusion", "models", "files", "packing")
 Improve = Callable[[Bundle, Fresh, OnlineConfig, int], Improvement]
 
 
@@ -148,11 +147,10 @@ class Learner:
         column = bundle.items.schema.get_field_index("num_train")
         items = bundle.items.set_column(column, "num_train", [counts])
         updated = Bundle(items, models, result.fusion, merged_histories(bundle.histories, fresh))
-        kept = {name: value for name, value in bundle.manifest.items() if name not in WRITTEN_BY_BUNDLE}
         lineage = bundle.manifest.get("lineage") or {"trained": bundle.version, "rounds": 0, "events": 0}
         newest = int(fresh.sequences.times[fresh.arrival >= 0].max(initial=0))
         manifest = {
-            **kept,
+            **bundle.told,
             "watermark": max(bundle.manifest.get("watermark") or 0, newest),
             "metrics": {**(bundle.manifest.get("metrics") or {}), "online": result.figures},
             "log_offset": fresh.offset,

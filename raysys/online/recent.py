@@ -5,6 +5,8 @@ mislead. The learner makes it in its first round, from the newest events of the
 bundle's histories, and counts every later event; the mixture decides what it is worth.
 """
 
+import dataclasses
+
 import numpy as np
 import pyarrow.compute as pc
 
@@ -34,7 +36,7 @@ def with_recent(bundle: Bundle, half_life_days: float) -> Bundle:
     config = CovisitConfig(half_life_days=half_life_days)
     newest = _newest(bundle.histories, half_life_days)
     source = Covisitation.fit(newest, bundle.items.num_rows, config, event_weights=weights)
-    return Bundle(bundle.items, {**bundle.models, RECENT: source}, bundle.fusion, bundle.histories, bundle.manifest)
+    return dataclasses.replace(bundle, models={**bundle.models, RECENT: source})
 
 
 def emptied(bundle: Bundle) -> Bundle:
@@ -43,7 +45,7 @@ def emptied(bundle: Bundle) -> Bundle:
         return bundle
     old = bundle.models[RECENT]
     source = Covisitation.empty(old.num_items, old.config, event_weights=old.event_weights)
-    return Bundle(bundle.items, {**bundle.models, RECENT: source}, bundle.fusion, bundle.histories, bundle.manifest)
+    return dataclasses.replace(bundle, models={**bundle.models, RECENT: source})
 
 
 def _newest(histories: Histories, half_life_days: float) -> Sequences:
