@@ -9,7 +9,6 @@ import asyncio
 import logging
 import threading
 import time
-from dataclasses import replace
 
 import numpy as np
 from fastapi import FastAPI
@@ -17,6 +16,7 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
+from raysys.bundle import Bundle
 from raysys.errors import ServeOverloaded
 from raysys.events.dead_letters import DeadLetters
 from raysys.events.log import Record, open_log
@@ -70,9 +70,6 @@ class Retrieval:
 
     def __init__(self, registry: str, compute: Compute):
         self._models = Models(registry, compute, _exported(Metrics()), only=RETRIEVAL_MODELS)
-        pipeline = self._models.load_current()
-        if pipeline is not None:
-            warm_up(pipeline)
         self._models.follow()
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.0)
@@ -96,9 +93,6 @@ class Ranking:
 
     def __init__(self, registry: str, compute: Compute):
         self._models = Models(registry, compute, _exported(Metrics()), only=("ranker",))
-        pipeline = self._models.load_current()
-        if pipeline is not None:
-            warm_up(pipeline)
         self._models.follow()
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.0)
@@ -227,12 +221,15 @@ class Ingress:
         self._problem: str | None = None
         self._max_in_flight, self._rate, self._followers = max_in_flight, rate, followers
         self._writer = HandleWriter(ingestion)
-        # All models where the ingress computes, else what placing live items and answering without retrieval takes.
-        self._computes_here, metrics = stages is None, Metrics()
-        only = None if self._computes_here else ("content", "covisit") if followers else ("content",)
-        # Where it does not compute, no GPU was given to it.
-        self._models = Models(registry, compute if self._computes_here else replace(compute, device="cpu"), metrics, only)
-        self._backend: Backend = HandleBackend(*stages) if stages else TogetherBackend(self._models)
+        metrics = Metrics()
+        # Where the stages are apart the ingress holds no models that compute, and no GPU was given to it.
+        self._models: Models | None = None
+        self._backend: Backend
+        if stages is None:
+            self._models = Models(registry, compute, metrics)
+            self._backend = TogetherBackend(self._models)
+        else:
+            self._backend = HandleBackend(*stages)
         self._recommender = Recommender(open_state(state, patient=False), self._backend, budget=budget, metrics=_exported(metrics))
         self._tried: str | None = None
         self._follow_once()
@@ -286,17 +283,21 @@ class Ingress:
             if pointer is None or (current is not None and current.bundle.version == pointer.version):
                 refused.set(0)
                 return
-            pipeline = self._models.get(pointer.version)
-            bundle = pipeline.bundle
+            if self._models is not None:
+                pipeline = self._models.get(pointer.version)
+                warm_up(pipeline)
+                bundle = pipeline.bundle
+            else:
+                bundle = Bundle.open(
+                    self._registry.bundle_uri(pointer.version), only=("content", "covisit") if self._followers else ("content",)
+                )
             catalogue = Catalogue(bundle.items, live_encoder(bundle))
             catalogue.apply(self._recommender.state.items_since(0))
-            if self._computes_here:
-                warm_up(pipeline)
-            elif current is not None:
+            if self._models is None and current is not None:
                 # Retrieval and ranking poll at the same pace; give them the time to load before naming the version to them.
                 time.sleep(2 * POLL_S)
             version = Version.of(bundle, catalogue, self._followers)
-            if not self._computes_here:
+            if self._models is None:
                 bundle.models.pop("covisit", None)  # its counts take several times the memory of the followers that are kept
             self._recommender.version = version
             self._problem = None

@@ -118,18 +118,22 @@ class Models:
         return None if pointer is None else self.get(pointer.version)
 
     def follow(self) -> None:
-        """Poll the pointer for ever, in a thread: a new version is warm here before the ingress names it."""
+        """Load and warm up what the pointer names, now and then for ever in a thread, so that it is warm before the ingress names it."""
+
+        def take_current() -> None:
+            pipeline = self.load_current()
+            if pipeline is not None:
+                warm_up(pipeline)
 
         def poll() -> None:
             while True:
                 time.sleep(POLL_S)
                 try:
-                    pipeline = self.load_current()
-                    if pipeline is not None:
-                        warm_up(pipeline)
+                    take_current()
                 except Exception as error:  # the thread must live: the next version may be sound
                     LOG.error("cannot load the published version: %s: %s", type(error).__name__, error)
 
+        take_current()
         threading.Thread(target=poll, daemon=True, name="follow-registry").start()
 
 
