@@ -52,6 +52,17 @@ def base_url(places, tmp_path_factory):
         yield url
 
 
+def hang(deployment: str, seconds: float) -> float:
+    """Stop all replicas of a deployment for so long; the monotonic time when it began."""
+    victims, stopped = replica_pids(deployment), time.monotonic()
+    for pid in victims:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(seconds)
+    for pid in victims:
+        os.kill(pid, signal.SIGCONT)
+    return stopped
+
+
 @pytest.mark.parametrize("stage", ["Retrieval", "Ranking"])
 def test_a_killed_model_replica_costs_quality_and_no_answer(base_url, stage):
     with Traffic(base_url) as traffic:
@@ -86,12 +97,7 @@ def test_a_ranker_that_hangs_for_two_seconds_costs_nobody_two_seconds(base_url):
     """SIGSTOP: the replica is alive, connected and silent. After some late answers it is not waited for."""
     with Traffic(base_url, deadline_ms=400) as traffic:
         traffic.wait_until_sound()
-        victims, stopped = replica_pids("Ranking"), time.monotonic()
-        for pid in victims:
-            os.kill(pid, signal.SIGSTOP)
-        time.sleep(2)
-        for pid in victims:
-            os.kill(pid, signal.SIGCONT)
+        stopped = hang("Ranking", 2)
         meanwhile = [one for one in traffic.since(stopped) if one.degraded]
         traffic.wait_until_sound()
     assert traffic.statuses() == {200}
@@ -105,12 +111,7 @@ def test_a_hanging_ranker_is_left_alone_when_it_failed_in_a_row(base_url):
     """Without a deadline of the client each would wait `ranking_ms`; the stage is left alone long before that adds up."""
     with Traffic(base_url, clients=8) as traffic:
         traffic.wait_until_sound()
-        victims, stopped = replica_pids("Ranking"), time.monotonic()
-        for pid in victims:
-            os.kill(pid, signal.SIGSTOP)
-        time.sleep(5)
-        for pid in victims:
-            os.kill(pid, signal.SIGCONT)
+        stopped = hang("Ranking", 5)
         meanwhile = [one for one in traffic.since(stopped) if one.degraded]
         traffic.wait_until_sound()
     assert traffic.statuses() == {200}
