@@ -18,6 +18,9 @@ class CompressConfig:
     """Validation events that judge, sampled when there are more."""
     student_layers: float = 0.5
     """Layers of the student, as a share of the teacher's, rounded up."""
+    teachers: list[str] = field(default_factory=list)
+    """URIs of further bundles trained on the same prepared set, with other seeds for instance: the student learns from the mean of all
+    encoders. With `student_layers` 1 it costs what the bundle's own does."""
     distil_epochs: int = 4
     """Passes over the training part at most."""
     distil_lr: float = 1e-3

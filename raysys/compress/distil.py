@@ -1,4 +1,4 @@
-"""A smaller encoder that learns from a larger one: its lower layers, taught the whole encoder's distributions.
+"""An encoder that learns from a larger one or from several: the lower layers of the bundle's own, taught the teacher's distributions.
 
 Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; starting from the teacher's own layers as in
 Sanh et al., "DistilBERT", 2019.
@@ -11,6 +11,7 @@ import torch
 
 from raysys.bundle import Bundle
 from raysys.compress.config import CompressConfig
+from raysys.compress.teachers import teacher_of
 from raysys.models.interest import InterestEncoder, InterestRetriever
 from raysys.prepare.dataset import Prepared
 from raysys.train.batches import InMemory
@@ -32,14 +33,14 @@ def distilled(bundle: Bundle, prepared: Prepared, settings: CompressConfig, say=
     retriever = bundle.models.get("interest")
     if retriever is None:
         return None
-    teacher = retriever.encoder
-    layers = max(1, math.ceil(settings.student_layers * teacher.config.num_layers))
-    if layers >= teacher.config.num_layers:
+    encoder = retriever.encoder
+    layers = max(1, math.ceil(settings.student_layers * encoder.config.num_layers))
+    if layers >= encoder.config.num_layers and not settings.teachers:
         return None
     torch.manual_seed(settings.seed)
-    student = InterestEncoder(teacher.num_items, teacher.num_event_types, dataclasses.replace(teacher.config, num_layers=layers))
+    student = InterestEncoder(encoder.num_items, encoder.num_event_types, dataclasses.replace(encoder.config, num_layers=layers))
     mine = student.state_dict()
-    student.load_state_dict({name: tensor for name, tensor in teacher.state_dict().items() if name in mine})
+    student.load_state_dict({name: tensor for name, tensor in encoder.state_dict().items() if name in mine})
     evidence = Evidence(prepared, TrainConfig(seed=settings.seed), None)
     lengths, num_items, repeats = evidence.statistics
     batch_size = with_data_defaults(TrainConfig(), frozenset(), lengths, num_items, repeats).encoder.batch_size
@@ -52,7 +53,7 @@ def distilled(bundle: Bundle, prepared: Prepared, settings: CompressConfig, say=
         schedule,
         seed=settings.seed,
         validate=validation(evidence),
-        teacher=teacher,
+        teacher=teacher_of(bundle, settings.teachers),
         teacher_share=settings.distil_share,
         on_epoch=lambda entry: say(f"student: epoch {entry['epoch']}, ndcg@10 {entry['validation']:.4f}, {entry['seconds']:.0f} s"),
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from raysys.models.interest import InterestEncoder
+from raysys.models.mean_encoder import MeanEncoder
 from raysys.train.average import Average
 from raysys.train.batches import Batch, Pool, Source
 from raysys.train.loss import distilled_softmax_loss, fast_dtype, full_softmax_loss, gbce_loss, sampled_softmax_loss
@@ -130,7 +131,12 @@ class _Trainee(nn.Module):
     """Encoder and loss in one module, so that DistributedDataParallel sees every parameter used."""
 
     def __init__(
-        self, encoder: InterestEncoder, config: EncoderTrainConfig, parallel: Parallel, teacher: InterestEncoder | None, share: float
+        self,
+        encoder: InterestEncoder,
+        config: EncoderTrainConfig,
+        parallel: Parallel,
+        teacher: InterestEncoder | MeanEncoder | None,
+        share: float,
     ):
         super().__init__()
         self.teacher, self.share = [teacher], share  # in a list: its weights are not to be trained, averaged or saved
@@ -230,7 +236,7 @@ class EncoderTraining:
         *,
         seed: int,
         item_counts: np.ndarray | None = None,
-        teacher: InterestEncoder | None = None,
+        teacher: InterestEncoder | MeanEncoder | None = None,
         teacher_share: float = 0.0,
         parallel: Parallel | None = None,
         device: torch.device | str = "cpu",

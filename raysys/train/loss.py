@@ -150,9 +150,13 @@ def chunk_of(columns: int, device: torch.device) -> int:
     """Positions a block of a full softmax over so many columns.
 
     On a CPU the block's logits have to stay in its cache: at 12,000 columns 128 positions took .7 of the time of 256 or 512, at 2,000
-    columns 512 were the fastest. A GPU needs large products and has the memory.
+    columns 512 were the fastest. Logits and probabilities of 128 positions over 80,000 columns no longer fit into 32 MB, fewer do. A GPU
+    needs large products and has the memory.
     """
-    return 4096 if device.type == "cuda" else min(512, max(128, 2**20 // max(1, columns)))
+    if device.type == "cuda":
+        return 4096
+    widest = 2**23 // max(1, columns)
+    return min(512, max(2**20 // max(1, columns), min(128, widest), 64))
 
 
 class _SampledSoftmax(torch.autograd.Function):

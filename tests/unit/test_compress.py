@@ -12,6 +12,7 @@ from raysys.compress.config import CompressConfig
 from raysys.compress.distil import distilled
 from raysys.compress.run import compress
 from raysys.compress.steps import pruned, without_unused
+from raysys.compress.teachers import teacher_of
 from raysys.errors import ConfigError
 from raysys.models.fusion import log_softmax
 from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetriever
@@ -81,6 +82,40 @@ def test_a_student_is_nearer_to_its_teacher_than_the_layers_it_began_with(deep_b
 
     assert divergence("student") < 0.5 * divergence("begun")
     assert told and told[0].startswith("student: epoch 1, ndcg@10")
+
+
+def test_a_student_of_two_teachers_is_nearer_to_their_mean_than_either(deep_bundle, planted_bundle, prepared, tmp_path):
+    bundle, data, other = Bundle.open(deep_bundle), Prepared.open(prepared), str(tmp_path / "other")
+    torch.manual_seed(1)
+    second = InterestEncoder(120, len(planted.EVENTS), dataclasses.replace(bundle.models["interest"].encoder.config, dim=16))
+    train_encoder(second, InMemory(data.sequences().train()), EncoderTrainConfig(epochs=2, batch_size=32, lr=5e-3, warmup_steps=5), seed=1)
+    models = {**bundle.models, "interest": InterestRetriever(second, np.ones(120, bool))}
+    dataclasses.replace(bundle, models=models).write(other, manifest=planted.manifest())
+    settings = CompressConfig(teachers=[other], student_layers=1.0, distil_epochs=6, distil_lr=3e-3, distil_share=1.0)
+    student = distilled(bundle, data, settings, lambda text: None).models["interest"]
+    assert student.encoder.config == bundle.models["interest"].encoder.config  # the price of one
+    sequences = data.sequences()
+    queries = sequences.queries_before(sequences.target_positions("test"))
+    first, second_scores = bundle.models["interest"].scores(queries), models["interest"].scores(queries)
+    mean = InterestRetriever(teacher_of(bundle, [other]), np.ones(120, bool)).scores(queries)
+    np.testing.assert_allclose(mean, (first + second_scores) / 2, rtol=1e-4, atol=1e-4)
+    wanted = log_softmax(mean)
+
+    def divergence(scores):
+        return (np.exp(wanted) * (wanted - log_softmax(scores))).sum(axis=1).mean()
+
+    assert divergence(student.scores(queries)) < 0.7 * min(divergence(first), divergence(second_scores))
+    with pytest.raises(ConfigError, match="no interest encoder"):
+        without = {name: model for name, model in bundle.models.items() if name != "interest"}
+        mixture = {"weights": {"covisit": 1.0, "popularity": 0.0001}, "temperatures": bundle.fusion["mixture"]["temperatures"]}
+        fusion = {**bundle.fusion, "mixture": mixture}
+        dataclasses.replace(bundle, models=without, fusion=fusion).write(str(tmp_path / "none"), manifest=planted.manifest())
+        teacher_of(bundle, [str(tmp_path / "none")])
+    with pytest.raises(ConfigError, match="interest.max_length 16"):
+        longer = InterestEncoder(120, len(planted.EVENTS), dataclasses.replace(second.config, max_length=20))
+        models = {**bundle.models, "interest": InterestRetriever(longer, np.ones(120, bool))}
+        dataclasses.replace(bundle, models=models).write(str(tmp_path / "longer"), manifest=planted.manifest())
+        teacher_of(bundle, [str(tmp_path / "longer")])
 
 
 def test_a_step_that_costs_too_much_is_left_out(deep_bundle, prepared, tmp_path):
