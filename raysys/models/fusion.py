@@ -20,6 +20,9 @@ RATIOS = (0.1, 0.3, 1.0, 3.0)
 """Weights tried for a source that joins, relative to the first one's 1."""
 STEPS = (0.5, 0.75, 1.33, 2.0)
 """Factors tried on a weight in coordinate ascent."""
+STARTS = 3
+"""Sources that selection starts from: the strongest first leads to a local optimum. On Beauty it left the encoder out; starting from the
+encoder too, the mixture's NDCG@10 on queries that it was not chosen by rose from .0764 to .0780."""
 MAX_PASSES = 4
 KEPT_PROBABILITIES = 40
 """Matrices of pool probabilities kept at once; bounds memory."""
@@ -118,9 +121,9 @@ def choose_fusion(
     alone = {name: figure({name: 1.0}, temperatures) for name in names}
     # Two regimes, because ascent does not cross from one to the other: peaked softmaxes, where what one source is sure of
     # wins; and flat ones, where a mixture is a linear sum of scores, and agreement wins.
-    strongest = max(names, key=lambda name: alone[name])
+    strongest = sorted(names, key=lambda name: alone[name])[-STARTS:]
     starts = {("interest", 1.0)} if "interest" in names else set()
-    starts |= {(strongest, factor * pools.spread[strongest]) for factor in (TEMPERATURES[0], TEMPERATURES[-1])}
+    starts |= {(name, factor * pools.spread[name]) for name in strongest for factor in (TEMPERATURES[0], TEMPERATURES[-1])}
     # The encoder's own temperature first: where another one orders no better it would only sharpen what the loss had calibrated.
     ordered = sorted(starts, key=lambda start: (start != ("interest", 1.0), start))
     outcomes = [_grow(figure, names, first, {**temperatures, first: start}, pools.spread) for first, start in ordered]
