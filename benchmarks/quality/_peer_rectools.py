@@ -17,7 +17,7 @@ from implicit.als import AlternatingLeastSquares
 from implicit.nearest_neighbours import TFIDFRecommender
 from pytorch_lightning import Trainer, seed_everything
 from rectools import Columns
-from rectools.dataset import Dataset
+from rectools.dataset import Dataset, Interactions
 from rectools.models import BERT4RecModel, ImplicitALSWrapperModel, ImplicitItemKNNWrapperModel, SASRecModel
 
 K = 100
@@ -32,12 +32,15 @@ def main() -> None:
     histories = [line.split()[1:] for line in open(src)]
     model = model_of(name, seconds)
     started = time.perf_counter()
-    model.fit(Dataset.construct(frame_of(histories, leave=2)))
+    learnt = Dataset.construct(frame_of(histories, leave=2))
+    model.fit(learnt)
     print(f"trained for {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    # Asked after the last but one event, too; under the ids that the model has learnt, which do not know items first seen there.
+    asked = frame_of(histories, leave=1)
+    asked = asked[asked[Columns.Item].isin(learnt.item_id_map.external_ids)]
+    known = Dataset(learnt.user_id_map, learnt.item_id_map, Interactions.from_raw(asked, learnt.user_id_map, learnt.item_id_map))
     users = np.arange(len(histories))
-    found = model.recommend(
-        users=users, dataset=Dataset.construct(frame_of(histories, leave=1)), k=K, filter_viewed=True, on_unsupported_targets="ignore"
-    )
+    found = model.recommend(users=users, dataset=known, k=K, filter_viewed=True, on_unsupported_targets="ignore")
     targets = found[Columns.User].map(dict(enumerate(history[-1] for history in histories)))
     hits = found[found[Columns.Item] == targets]
     ranks = np.zeros(len(histories), np.int64)
