@@ -1,4 +1,4 @@
-"""The parts of the report that are not a table of stages: the ranker beside its peers, and cold start."""
+"""The parts of the report that are not a table of stages: the ranker beside its peers, cold start, seeds as a teacher."""
 
 import numpy as np
 
@@ -55,6 +55,30 @@ def cold_section(result: dict) -> str:
     lines += [f"| hidden items | {who} | {' | '.join(cold_cells(figures))} |" for who, figures in items["who"].items()]
     for length, found in users["who"].items():
         lines += [f"| {length} events | {who} | {' | '.join(cold_cells(figures))} |" for who, figures in found.items()]
+    return "\n".join(lines)
+
+
+def ensemble_section(result: dict) -> str:
+    """Each seed, their mean as a teacher, and the student."""
+    about = result["about"]
+    lines = [
+        "",
+        f"## Seeds as a teacher, one student: {result['data']}",
+        "",
+        f"Seeds {about['seeds']}; commit {about['commit']}, {about['date']}. The encoder alone, and the whole pipeline of "
+        "the first seed with that encoder in it.",
+        "Differences to the first seed, 95% intervals over users. The student costs what one encoder costs.",
+        "",
+        "| who | encoder recall@10 | ndcg@10 | less the first | final recall@10 | ndcg@10 | less the first |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        cells = []
+        for stage in ("encoder", "final"):
+            interval = row[f"{stage} less the first, interval"]
+            behind = f"{row[f'{stage} less the first']:+.4f}" + (f" ({span(interval)})" if interval else "")
+            cells += [f"{row[f'{stage} recall@10']:.4f}", f"{row[f'{stage} ndcg@10']:.4f}", behind]
+        lines.append(f"| {row['series']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

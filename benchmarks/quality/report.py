@@ -1,4 +1,4 @@
-"""One dated page from the JSON that the other benchmarks here left: ours by stage and what others have published, ranker, cold start.
+"""One dated page from the JSON that the other benchmarks here left: by stage, peers, published; ranker, cold start, ensemble.
 
     raysys bench quality/report runs/quality --hardware 2-cores
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _sections import bar_rows, cold_section, ranker_section  # noqa: E402
+from _sections import bar_rows, cold_section, ensemble_section, ranker_section  # noqa: E402
 from _sets import SETS  # noqa: E402
 
 from raysys import storage  # noqa: E402
@@ -58,7 +58,7 @@ def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
     peers = {result["data"]: result for result in results if result.get("kind") == "peers"}
     results = [result for result in results if result.get("kind") != "peers"]
     order = {name: index for index, name in enumerate(SETS)}
-    kinds = {"ranker": ranker_section, "cold": cold_section}
+    kinds = {"ranker": ranker_section, "cold": cold_section, "ensemble": ensemble_section}
     results.sort(key=lambda result: (order.get(result.get("data"), len(order)), result["name"]))
     sections = [
         kinds[result["kind"]](result) if result.get("kind") in kinds else section(result, peers.get(result["data"])) for result in results

@@ -60,6 +60,9 @@ class EncoderTrainConfig:
     """Steps of linear rise to `lr`; a cosine down to 5% of it follows."""
     ema: float = 0.99
     """Decay a step of the running average of the weights, which is what is validated and kept; 0 for the weights themselves."""
+    dropout_epochs: int = 0
+    """Epochs over which dropout rises evenly to `interest.dropout`: early ones learn fast, late ones are kept from overfitting. 0 has all
+    of it from the start."""
     loss: Literal["softmax", "sampled", "gbce"] = "softmax"
     """Cross-entropy over the whole catalogue, or over the target and shared negatives; or gSASRec's binary cross-entropy over those,
     which wants `interest.temperature` 0."""
@@ -86,6 +89,8 @@ class EncoderTrainConfig:
         for name in ("epochs", "batch_size", "accumulate", "num_negatives", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.dropout_epochs < 0:
+            raise ValueError(f"expected dropout_epochs of at least 0, got {self.dropout_epochs}")
         if not 0 <= self.gbce_calibration <= 1:
             raise ValueError(f"expected gbce_calibration in [0, 1], got {self.gbce_calibration}")
         if self.loss == "gbce" and self.negatives != "uniform":
@@ -298,6 +303,7 @@ class EncoderTraining:
 
     def _epoch(self, epoch: int, total_steps: int) -> None:
         self.module.train()
+        self._drop(min(1.0, epoch / (self.config.dropout_epochs + 1)))
         started = time.time()
         on_device = torch.zeros((), dtype=torch.float64, device=self.device)
         pools = self.source.pools(
@@ -325,6 +331,11 @@ class EncoderTraining:
             self.pool, self.batch = self.pool + 1, 0
         self.loss_sum += float(self.parallel.sum(on_device))
         self.seconds += time.time() - started
+
+    def _drop(self, share: float) -> None:
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = share * self.encoder.config.dropout
 
     def _step(self, pool: Pool, index: int, where: list[int]) -> Tensor:
         """One optimizer step on one global batch; this rank's summed loss before it."""

@@ -101,7 +101,7 @@ class EncoderStages:
     def refit_schedule(self, epochs: int) -> EncoderTrainConfig:
         """Epochs and rates of a training that goes on from a finished one."""
         config = self.settings.encoder
-        return dataclasses.replace(config, epochs=epochs, lr=config.lr * self.settings.refit_lr_factor)
+        return dataclasses.replace(config, epochs=epochs, lr=config.lr * self.settings.refit_lr_factor, dropout_epochs=0)
 
     def whole(self) -> InterestEncoder | None:
         """The encoder of the last training with its whole table, on rank 0; None on the others. Every rank must call."""

@@ -139,7 +139,9 @@ def _copied(state: TrainState) -> TrainState:
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("at", [3, 8, 17], ids=["in-the-first-epoch", "in-the-second", "in-the-fourth"])
 def test_resumed_training_ends_where_an_unbroken_one_does(at, ema, table):
-    training = dataclasses.replace(TRAINING, epochs=5, ema=ema, checkpoint_steps=1, loss="sampled", num_negatives=8, table_optimizer=table)
+    training = dataclasses.replace(
+        TRAINING, epochs=5, ema=ema, checkpoint_steps=1, loss="sampled", num_negatives=8, table_optimizer=table, dropout_epochs=2
+    )
 
     def figure(encoder):
         return float(encoder.items.weight.detach()[:N].abs().sum().sin())
@@ -158,6 +160,16 @@ def test_resumed_training_ends_where_an_unbroken_one_does(at, ema, table):
     assert (result.best_epoch, result.best_validation) == (whole_result.best_epoch, whole_result.best_validation)
     assert [entry["loss"] for entry in result.history] == [entry["loss"] for entry in whole_result.history]
     torch.testing.assert_close(_weights(resumed), _weights(whole), rtol=0, atol=0)
+
+
+def test_dropout_rises_to_its_value_over_the_first_epochs():
+    encoder, seen = _encoder(), []
+    training = dataclasses.replace(TRAINING, epochs=4, dropout_epochs=2, patience=9)
+    EncoderTraining(encoder, InMemory(_ring()), training, seed=0, on_epoch=lambda entry: seen.append(encoder.blocks[0].dropout.p)).run()
+    full = encoder.config.dropout
+    assert full > 0 and seen == pytest.approx([full / 3, 2 * full / 3, full, full])
+    with pytest.raises(ValueError, match="dropout_epochs"):
+        dataclasses.replace(TRAINING, dropout_epochs=-1)
 
 
 def test_accumulated_gradients_take_the_same_steps():
