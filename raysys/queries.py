@@ -10,7 +10,19 @@ from typing import Any
 import numpy as np
 
 GAP_CODES = 32
-"""Codes of `gap_codes`; the last one begins at 34 years."""
+"""Codes of lengths of time; the last one begins at 34 years."""
+
+
+def time_codes(seconds: np.ndarray) -> np.ndarray:
+    """Lengths of time on a scale of powers of two.
+
+    Args:
+        seconds: (L,) int64; negative ones count as 0.
+
+    Returns:
+        (L,) int8: 1 + log2(1 + seconds) rounded down, at most GAP_CODES - 1.
+    """
+    return (1 + np.log2(1.0 + seconds.clip(min=0)).astype(np.int64)).clip(max=GAP_CODES - 1).astype(np.int8)
 
 
 def gap_codes(times: np.ndarray, indptr: np.ndarray) -> np.ndarray:
@@ -21,12 +33,11 @@ def gap_codes(times: np.ndarray, indptr: np.ndarray) -> np.ndarray:
         indptr: (B+1,) int64; history b is `times[indptr[b]:indptr[b+1]]`.
 
     Returns:
-        (L,) int8: 0 for the first event of a history, else 1 + log2(1 + gap) rounded down, at most GAP_CODES - 1.
+        (L,) int8: 0 for the first event of a history, else the `time_codes` of the gap.
     """
-    gaps = np.diff(times, prepend=times[:1]).clip(min=0)
-    codes = 1 + np.log2(1.0 + gaps).astype(np.int64)
+    codes = time_codes(np.diff(times, prepend=times[:1]))
     codes[indptr[:-1][np.diff(indptr) > 0]] = 0
-    return codes.clip(max=GAP_CODES - 1).astype(np.int8)
+    return codes
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,15 @@ class Queries:
     def gaps(self) -> np.ndarray:
         """(L,) int8; see `gap_codes`."""
         return gap_codes(self.times, self.indptr)
+
+    @property
+    def waits(self) -> np.ndarray:
+        """(L,) int8 `time_codes` from each event to the next one of the history, from the last one to the request."""
+        filled = self.lengths > 0
+        last = self.indptr[1:][filled] - 1
+        waits = np.diff(self.times, append=self.times[-1:])
+        waits[last] = self.now[filled] - self.times[last]
+        return time_codes(waits)
 
     def __getitem__(self, index: slice) -> "Queries":
         """A contiguous sub-batch."""

@@ -52,6 +52,8 @@ class InterestConfig:
     """A vector for each place from the start of the window, or queries and keys turned by their place, so that only distances count."""
     time_gaps: bool = False
     """Learn a vector for how long an event came after the one before (powers of two of seconds); for data with real times."""
+    recency: bool = False
+    """Learn a vector for how long ago each event was when the next one came, and the last one when the answer is asked for; likewise."""
     temperature: float = 0.07
     """Logits are cosines of state and item vector divided by this, so that frequent items cannot win by length; 0 for dot products."""
     exclude_seen: bool = False
@@ -176,6 +178,7 @@ class InterestEncoder(nn.Module):
         self.positions = nn.Embedding(config.max_length, config.dim) if is_learned else None
         self.events = nn.Embedding(num_event_types, config.dim) if num_event_types > 2 else None
         self.gaps = nn.Embedding(GAP_CODES, config.dim) if config.time_gaps else None
+        self.waits = nn.Embedding(GAP_CODES, config.dim) if config.recency else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -185,38 +188,42 @@ class InterestEncoder(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor) -> Tensor:
+    def forward(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor, waits_BT: Tensor) -> Tensor:
         """States after each position.
 
         Args:
             items_BT: (B, T) int64, left-aligned, padded with N.
             events_BT: (B, T) int64 event codes, any value at padding.
             gaps_BT: (B, T) int64 codes of `gap_codes`, likewise.
+            waits_BT: (B, T) int64 codes of `Queries.waits`, likewise.
 
         Returns:
             (B, T, D) float32.
         """
-        x_BTD, turns = self._embedded(items_BT, events_BT, gaps_BT)
+        x_BTD, turns = self._embedded(items_BT, events_BT, gaps_BT, waits_BT)
         for block in self.blocks:
             x_BTD = block(x_BTD, turns)
         return self._state(x_BTD)
 
-    def last_states(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    def last_states(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor, waits_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """(B, D) float32: `forward` at the last event alone; the top block is computed there only.
 
         Args:
             items_BT: as for `forward`.
             events_BT: likewise.
             gaps_BT: likewise.
+            waits_BT: likewise.
             lengths_B: (B,) int64 events of each sequence, at least 1.
         """
-        x_BTD, turns = self._embedded(items_BT, events_BT, gaps_BT)
+        x_BTD, turns = self._embedded(items_BT, events_BT, gaps_BT, waits_BT)
         *below, top = self.blocks
         for block in below:
             x_BTD = block(x_BTD, turns)
         return self._state(cast(Block, top).last(x_BTD, lengths_B - 1, turns))
 
-    def _embedded(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def _embedded(
+        self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor, waits_BT: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         x_BTD, turns = self.items(items_BT) * self.config.dim**0.5, None
         if self.positions is not None:
             x_BTD = x_BTD + self.positions.weight[: items_BT.shape[1]]
@@ -227,6 +234,8 @@ class InterestEncoder(nn.Module):
             x_BTD = x_BTD + self.events(events_BT)
         if self.gaps is not None:
             x_BTD = x_BTD + self.gaps(gaps_BT)
+        if self.waits is not None:
+            x_BTD = x_BTD + self.waits(waits_BT)
         return self.dropout(x_BTD), turns
 
     def _state(self, stream: Tensor) -> Tensor:
@@ -268,13 +277,13 @@ def initial_rows(first: int, stop: int, dim: int, seed: int) -> Tensor:
 @torch.no_grad()
 def user_states(encoder: InterestEncoder, queries: Queries) -> Tensor:
     """(B, D) float32 state after the last event, on the encoder's device; zero for an empty history."""
-    columns = ((queries.items, encoder.num_items), (queries.events, 0), (queries.gaps, 0))
-    (items_BT, events_BT, gaps_BT), lengths = left_aligned(queries, encoder.config.max_length, *columns)
+    columns = ((queries.items, encoder.num_items), (queries.events, 0), (queries.gaps, 0), (queries.waits, 0))
+    matrices, lengths = left_aligned(queries, encoder.config.max_length, *columns)
     filled = np.flatnonzero(lengths)
     device = encoder.items.weight.device
     states_BD = torch.zeros(len(queries), encoder.config.dim, device=device)
     if len(filled):
-        inputs = (torch.from_numpy(array[filled]).to(device) for array in (items_BT, events_BT, gaps_BT, lengths))
+        inputs = (torch.from_numpy(array[filled]).to(device) for array in (*matrices, lengths))
         states_BD[torch.from_numpy(filled).to(device)] = encoder.last_states(*inputs)
     return states_BD
 
@@ -299,7 +308,8 @@ class InterestRetriever:
 
     def remember(self, size: int) -> None:
         """Keep the vectors of the histories asked for last, at most `size`; 0 keeps none. For a process that serves."""
-        self._remembered = Remembered(self._encode, self.encoder.config.max_length, size) if size else None
+        config = self.encoder.config
+        self._remembered = Remembered(self._encode, config.max_length, size, recency=config.recency) if size else None
 
     @classmethod
     def from_encoder(cls, encoder: InterestEncoder, item_counts: np.ndarray) -> "InterestRetriever":

@@ -27,13 +27,13 @@ class MeanEncoder(nn.Module):
         self.num_items, self.num_event_types, self.items = first.num_items, first.num_event_types, first.items
         self.config = dataclasses.replace(first.config, dim=sum(encoder.config.dim for encoder in encoders))
 
-    def forward(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor) -> Tensor:
+    def forward(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor, waits_BT: Tensor) -> Tensor:
         """(B, T, sum of D) float32 states; see `InterestEncoder.forward`."""
-        return torch.cat([encoder(items_BT, events_BT, gaps_BT) for encoder in self._each], dim=-1)
+        return torch.cat([encoder(items_BT, events_BT, gaps_BT, waits_BT) for encoder in self._each], dim=-1)
 
-    def last_states(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    def last_states(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor, waits_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """(B, sum of D) float32; see `InterestEncoder.last_states`."""
-        return torch.cat([encoder.last_states(items_BT, events_BT, gaps_BT, lengths_B) for encoder in self._each], dim=-1)
+        return torch.cat([encoder.last_states(items_BT, events_BT, gaps_BT, waits_BT, lengths_B) for encoder in self._each], dim=-1)
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
         """(..., sum of D) float32, each encoder's divided by M; see `InterestEncoder.item_vectors`."""

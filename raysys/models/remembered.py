@@ -19,10 +19,11 @@ class Remembered:
         encode: queries -> (B, D) float32.
         max_length: last events of a history that `encode` looks at.
         size: vectors kept; each takes 4 D bytes and about 200 for its key and place.
+        recency: whether `encode` looks at how long ago the last event was.
     """
 
-    def __init__(self, encode: Callable[[Queries], np.ndarray], max_length: int, size: int):
-        self._encode, self._max_length, self._size = encode, max_length, size
+    def __init__(self, encode: Callable[[Queries], np.ndarray], max_length: int, size: int, *, recency: bool = False):
+        self._encode, self._max_length, self._size, self._recency = encode, max_length, size, recency
         self._vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         self.hits = self.misses = 0
@@ -33,8 +34,9 @@ class Remembered:
             return self._answer(queries)
 
     def _answer(self, queries: Queries) -> np.ndarray:
-        gaps = queries.gaps  # times themselves would tell apart what the encoder does not
-        keys = [self._key(queries, gaps, row) for row in range(len(queries))]
+        # Codes, since times themselves would tell apart what the encoder does not.
+        columns = (queries.items, queries.events, queries.gaps, *((queries.waits,) if self._recency else ()))
+        keys = [self._key(queries, columns, row) for row in range(len(queries))]
         # Those of this batch apart: a batch larger than the memory must not lose what it has just found.
         found: dict[bytes, np.ndarray] = {key: vector for key in keys if (vector := self._vectors.get(key)) is not None}
         missing = [row for row, key in enumerate(keys) if key not in found]
@@ -49,8 +51,7 @@ class Remembered:
             self._vectors.popitem(last=False)
         return np.stack([found[key] for key in keys])
 
-    def _key(self, queries: Queries, gaps: np.ndarray, row: int) -> bytes:
+    def _key(self, queries: Queries, columns: tuple[np.ndarray, ...], row: int) -> bytes:
         first, stop = queries.indptr[row], queries.indptr[row + 1]
         window = slice(max(first, stop - self._max_length), stop)
-        content = (queries.items[window].tobytes(), queries.events[window].tobytes(), gaps[window].tobytes())
-        return hashlib.blake2b(b"".join(content), digest_size=16).digest()
+        return hashlib.blake2b(b"".join(column[window].tobytes() for column in columns), digest_size=16).digest()

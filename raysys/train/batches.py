@@ -26,13 +26,15 @@ class Batch:
     """Inputs and next-item targets, left-aligned.
 
     Attributes:
-        items, events, gaps: (B, T) int64; items padded with the number of items; gaps are codes of `gap_codes`.
+        items, events: (B, T) int64; items padded with the number of items.
+        gaps, waits: (B, T) int64 codes of how long after the event before it came, and how long before the target.
         targets: (B, T) int64 next item, -1 where there is none.
     """
 
     items: np.ndarray
     events: np.ndarray
     gaps: np.ndarray
+    waits: np.ndarray
     targets: np.ndarray
 
 
@@ -186,11 +188,19 @@ def _pad(pool: Pool, start: np.ndarray, stop: np.ndarray, padding: int) -> Batch
     columns = np.arange(lengths.max(initial=0))
     real = columns[None, :] < lengths[:, None]
     take = (start[:, None] + columns[None, :])[real]
-    items = np.full(real.shape, padding, np.int64)
-    events, gaps = np.zeros(real.shape, np.int64), np.zeros(real.shape, np.int64)
-    targets = np.full(real.shape, -1, np.int64)
-    items[real], events[real], gaps[real], targets[real] = pool.items[take], pool.events[take], pool.gaps[take], pool.items[take + 1]
-    return Batch(items, events, gaps, targets)
+
+    def matrix(values: np.ndarray, padding: int) -> np.ndarray:
+        padded = np.full(real.shape, padding, np.int64)
+        padded[real] = values
+        return padded
+
+    return Batch(
+        matrix(pool.items[take], padding),
+        matrix(pool.events[take], 0),
+        matrix(pool.gaps[take], 0),
+        matrix(pool.gaps[take + 1], 0),
+        matrix(pool.items[take + 1], -1),
+    )
 
 
 def num_windows(lengths: np.ndarray, max_length: int, users: np.ndarray | int = 1) -> int:

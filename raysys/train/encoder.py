@@ -148,12 +148,19 @@ class _Trainee(nn.Module):
         self.encoder, self.parallel, self.config, self.precision = encoder, parallel, config, config.precision
 
     def forward(
-        self, items: Tensor, events: Tensor, gaps: Tensor, targets: Tensor, negatives: Tensor | None, log_expected: Tensor | None
+        self,
+        items: Tensor,
+        events: Tensor,
+        gaps: Tensor,
+        waits: Tensor,
+        targets: Tensor,
+        negatives: Tensor | None,
+        log_expected: Tensor | None,
     ) -> Tensor:
         device, encoder = items.device, self.encoder
         real = targets >= 0
         with torch.autocast(device.type, torch.bfloat16, enabled=self._autocasts(device)):
-            states = encoder(items, events, gaps)[real].float()
+            states = encoder(items, events, gaps, waits)[real].float()
         targets = targets[real]
         dtype = fast_dtype(device) if self.precision == "auto" else getattr(torch, self.precision)
         if not isinstance(encoder.items, ShardedTable):
@@ -161,7 +168,7 @@ class _Trainee(nn.Module):
                 seen = seen_before(items, real) if encoder.config.exclude_seen else None
                 if (teacher := self.teacher[0]) is not None:
                     with torch.no_grad():
-                        taught, told = teacher(items, events, gaps)[real].float(), teacher.item_vectors()
+                        taught, told = teacher(items, events, gaps, waits)[real].float(), teacher.item_vectors()
                     goal = {"teacher_states_PD": taught, "teacher_vectors_ND": told, "share": self.share}
                     return distilled_softmax_loss(states, encoder.item_vectors(), targets, **goal, seen=seen, dtype=dtype)
                 return full_softmax_loss(states, encoder.item_vectors(), targets, seen=seen, dtype=dtype)
@@ -371,7 +378,7 @@ class EncoderTraining:
         return total
 
     def _tensors(self, batch: Batch) -> list[Tensor]:
-        arrays = (batch.items, batch.events, batch.gaps, batch.targets)
+        arrays = (batch.items, batch.events, batch.gaps, batch.waits, batch.targets)
         return [torch.from_numpy(array).to(self.device, non_blocking=True) for array in arrays]
 
     def _validated(self, epoch: int) -> float:

@@ -104,7 +104,7 @@ def test_targets_are_the_next_items_and_ranks_share_every_batch(accumulate):
         (TRAINING, SHAPE),
         (dataclasses.replace(TRAINING, loss="sampled", num_negatives=64), SHAPE),
         (dataclasses.replace(TRAINING, ema=0.9), dataclasses.replace(SHAPE, temperature=0.1)),
-        (TRAINING, dataclasses.replace(SHAPE, gated=True, positions="rotary", exclude_seen=True, time_gaps=True)),
+        (TRAINING, dataclasses.replace(SHAPE, gated=True, positions="rotary", exclude_seen=True, time_gaps=True, recency=True)),
         (dataclasses.replace(TRAINING, loss="sampled", num_negatives=64, negatives="mixed"), SHAPE),
         (dataclasses.replace(TRAINING, loss="gbce", num_negatives=8, epochs=20, lr=3e-2), SHAPE),
     ],
@@ -118,6 +118,20 @@ def test_learns_which_item_follows(training, shape):
     assert (best == (np.arange(N) + 4) % N).mean() > 0.9
     losses = [entry["loss"] for entry in result.history]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_what_follows_after_a_pause_is_asked_for_by_the_time_of_asking():
+    """At once i is followed by i + 1, after a day by i + 5: only the wait says which."""
+    rng = np.random.default_rng(0)
+    pauses = [rng.random(10) < 0.5 for _ in range(300)]
+    histories = [((rng.integers(N) + np.concatenate([[0], np.cumsum(np.where(pause, 5, 1))])) % N).tolist() for pause in pauses]
+    times = np.concatenate([np.concatenate([[0], np.cumsum(np.where(pause, 86_400, 60))]) for pause in pauses])
+    encoder = _encoder(dataclasses.replace(SHAPE, recency=True))
+    train_encoder(encoder, InMemory(dataclasses.replace(_sequences(histories), times=times)), TRAINING, seed=0)
+    retriever = InterestRetriever.from_encoder(encoder, np.ones(N))
+    for wait, step in ((60, 1), (86_400, 5)):
+        asked = Queries.from_lists([[item] for item in range(N)], times=[[1000]] * N, now=[1000 + wait] * N)
+        assert (retriever.scores(asked).argmax(axis=1) == (np.arange(N) + step) % N).mean() > 0.9
 
 
 def test_same_seed_same_weights():

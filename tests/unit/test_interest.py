@@ -12,7 +12,7 @@ N = 30
 SHAPES = [
     InterestConfig(dim=16, max_length=8, temperature=0.0),
     InterestConfig(dim=16, max_length=8, num_layers=1, num_heads=1, temperature=0.1),
-    InterestConfig(dim=16, max_length=8, temperature=0.1, gated=True, positions="rotary", exclude_seen=True, time_gaps=True),
+    InterestConfig(dim=16, max_length=8, temperature=0.1, gated=True, positions="rotary", exclude_seen=True, time_gaps=True, recency=True),
 ]
 
 
@@ -42,8 +42,8 @@ def test_later_events_do_not_change_earlier_states(config):
     changed = items.clone()
     changed[:, 5:] = (changed[:, 5:] + 1) % N
     events = torch.ones_like(items)
-    gaps = torch.randint(0, 20, (2, 8))
-    before, after = encoder(items, events, gaps), encoder(changed, events, gaps)
+    gaps, waits = torch.randint(0, 20, (2, 2, 8))
+    before, after = encoder(items, events, gaps, waits), encoder(changed, events, gaps, waits)
     torch.testing.assert_close(before[:, :5], after[:, :5])
     assert (before[:, 5:] - after[:, 5:]).abs().max() > 1e-3
 
@@ -64,9 +64,9 @@ def test_the_last_state_alone_equals_that_of_all_positions(config):
     for row, length in enumerate(lengths):
         items[row, length:] = N
     events = torch.ones_like(items)
-    gaps = torch.randint(0, 20, (3, 8))
-    every = encoder(items, events, gaps)[torch.arange(3), lengths - 1]
-    torch.testing.assert_close(encoder.last_states(items, events, gaps, lengths), every)
+    gaps, waits = torch.randint(0, 20, (2, 3, 8))
+    every = encoder(items, events, gaps, waits)[torch.arange(3), lengths - 1]
+    torch.testing.assert_close(encoder.last_states(items, events, gaps, waits, lengths), every)
 
 
 def test_a_remembered_history_is_not_encoded_again():
@@ -84,6 +84,24 @@ def test_a_remembered_history_is_not_encoded_again():
     other_event = Queries.from_lists([_histories()[2]], events=[[1] * 8])
     retriever.user_vectors(other_event)
     assert memory.misses == 12
+
+
+@pytest.mark.parametrize("recency", [False, True])
+def test_the_moment_of_asking_counts_where_recency_was_learnt(recency):
+    retriever = _retriever(config=dataclasses.replace(SHAPES[0], recency=recency))
+    retriever.remember(4)
+    soon, later, as_late = (
+        retriever.scores(Queries.from_lists([[4, 5, 6]], times=[[0, 60, 120]], now=[now])) for now in (130, 86_400, 86_500)
+    )
+    np.testing.assert_array_equal(later, as_late)  # the same power of two
+    assert (np.abs(soon - later).max() > 1e-2) == recency
+    assert retriever._remembered.misses == (2 if recency else 1)
+
+
+def test_waits_by_hand():
+    queries = Queries.from_lists([[1, 2], [], [3]], times=[[100, 107], [], [50]], now=[110, 5, 40])
+    assert queries.waits.tolist() == [1 + 3, 1 + 2, 1]  # 7 s and 3 s; a clock that goes back counts as none
+    assert queries.gaps.tolist() == [0, 1 + 3, 0]
 
 
 def test_only_the_last_events_count():
