@@ -32,6 +32,7 @@ from raysys.events.identity import key_id, user_key
 from raysys.models.base import Arrays
 from raysys.packing import packed, unpacked
 from raysys.prepare.dataset import Sequences
+from raysys.queries import Queries
 from raysys.schema import ITEM_ID, ITEM_IDX, UNKNOWN_ITEM
 
 FORMAT = "raysys-bundle/2"
@@ -127,6 +128,16 @@ class Histories:
                 items, events, times, values = (array[offsets[row] : offsets[row + 1]] for array in arrays)
                 return items, events, times, values
         return None
+
+    def sample(self, count: int) -> Queries:
+        """Histories of at most so many users, spread evenly, asked right after their last event."""
+        offsets, arrays = self._lists
+        rows = np.arange(len(self))[:: max(1, len(self) // count)][:count]
+        lengths = (offsets[rows + 1] - offsets[rows]).astype(np.int64)
+        indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        take = np.arange(indptr[-1]) - np.repeat(indptr[:-1] - offsets[rows], lengths)
+        items, events, times, values = (array[take] for array in arrays)
+        return Queries(items, events, times, values, indptr, times[indptr[1:] - 1])
 
     def __len__(self) -> int:
         return self.table.num_rows

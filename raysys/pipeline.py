@@ -3,6 +3,8 @@
 Serving, evaluation, training of the ranker and the command line all run this
 code; that is what makes an offline figure a statement about the live answer.
 
+A source scores the whole catalogue, or, where that is large and `pooled` was called, names its best items by an index (`pools/`).
+
 Legend: B queries, N catalogue items, K candidates, S sources, D content dimension.
 """
 
@@ -13,8 +15,13 @@ import numpy as np
 from raysys.bundle import Bundle
 from raysys.models.base import Candidates, top_k
 from raysys.models.fusion import Fusion
+from raysys.pools.config import PoolConfig
+from raysys.pools.open import open_pools
+from raysys.pools.retrieve import Pools
 from raysys.queries import Queries
 
+Blocked = tuple[np.ndarray, np.ndarray]
+"""(indptr (B+1,), rows): item rows that must not be answered to each query."""
 NUM_CANDIDATES = 200
 """Items that retrieval hands to ranking."""
 
@@ -68,6 +75,7 @@ class Pipeline:
     def use(self, fusion: Fusion) -> None:
         """Set the mixture, and with it the sources that are computed: those with weight, and those the ranker looks at."""
         self.fusion = fusion
+        self.pools: Pools | None = None
         # A retrieval replica holds no ranker, but must compute what the ranker elsewhere looks at.
         looked_at = self.ranker.sources if self.ranker is not None else self.bundle.fusion.get("ranker_sources", ())
         models = self.bundle.models
@@ -82,13 +90,18 @@ class Pipeline:
                 model.to(device)
         return self
 
+    def pooled(self, config: PoolConfig, *, folder: str | None = None) -> "Pipeline":
+        """Retrieve from pools from now on, where the catalogue is as large as the settings say; see `pools.open.open_pools`."""
+        self.pools = open_pools(self.bundle, self.sources, self.fusion, config, folder=folder)
+        return self
+
     @property
     def num_items(self) -> int:
         """N, items with a model row."""
         return self.bundle.items.num_rows
 
     def source_log_probs(self, queries: Queries) -> dict[str, np.ndarray]:
-        """(B, N) float32 log-probability of the next item under each source in use."""
+        """(B, N) float32 log-probability of the next item under each source in use, of every item whatever the catalogue's size."""
         return {name: self.fusion.log_probs(model.scores(queries), name) for name, model in self.sources.items()}
 
     def retrieve(
@@ -97,32 +110,33 @@ class Pipeline:
         k: int | None = None,
         *,
         allowed: np.ndarray | None = None,
+        blocked: Blocked | None = None,
         log_probs: dict[str, np.ndarray] | None = None,
     ) -> Retrieved:
-        """Fuse the sources over the catalogue, mask, take the best.
+        """Fuse the sources over the catalogue, mask, take the best; from pools where there are and no log-probabilities are given.
 
         Args:
             queries: B histories.
             k: candidates a query; the bundle's number when None.
             allowed: (B, N) or (N,) bool; masked before the cut, so that filters still return k items.
+            blocked: rows that are masked too.
             log_probs: what `source_log_probs(queries)` gave, when the caller has it already.
         """
+        k = self.num_candidates if k is None else k
+        if log_probs is None and self.pools is not None:
+            return Retrieved(*self.pools.retrieve(queries, k, allowed=allowed, blocked=blocked, closest=LIVE_MAX_RANK))
         if log_probs is None:
             log_probs = self.source_log_probs(queries)
-        fused = self.fusion.fuse(log_probs, empty=queries.lengths == 0)
-        if allowed is not None:
-            fused = np.where(allowed, fused, -np.inf)
-        items = top_k(fused, self.num_candidates if k is None else k)
+        fused = _masked(self.fusion.fuse(log_probs, empty=queries.lengths == 0), -np.inf, allowed, blocked)
+        items = top_k(fused, k)
         fused_BK = np.take_along_axis(fused, items, 1)
         per_source = _gather(log_probs, items)
         items = np.where(np.isfinite(fused_BK), items, -1).astype(np.int32)
         candidates = Candidates(items, fused_BK.astype(np.float32), per_source, tuple(log_probs))
         if self.content is None:
             return Retrieved(candidates, None, None)
-        profiles = self.content.profile(queries)
-        similar = profiles @ self.content.item_vectors.T
-        if allowed is not None:
-            similar = np.where(allowed, similar, -1.0)
+        profiles = self.content.user_vectors(queries)
+        similar = _masked(profiles @ self.content.item_vectors.T, -1.0, allowed, blocked)
         most = min(LIVE_MAX_RANK, similar.shape[1])
         affinity = -np.sort(-np.partition(similar, similar.shape[1] - most, axis=1)[:, -most:], axis=1)
         return Retrieved(candidates, profiles, affinity)
@@ -136,11 +150,17 @@ class Pipeline:
             log_probs: what `source_log_probs(queries)` gave, when the caller has it already.
         """
         if log_probs is None:
-            log_probs = self.source_log_probs(queries)
-        fused = self.fusion.fuse(log_probs, empty=queries.lengths == 0)
-        return Candidates(
-            items.astype(np.int32), np.take_along_axis(fused, items, 1).astype(np.float32), _gather(log_probs, items), tuple(log_probs)
-        )
+            found = self._log_probs_of(queries, items)
+        else:
+            found = {name: np.take_along_axis(values, items, 1) for name, values in log_probs.items()}
+        fused = self.fusion.fuse(found, empty=queries.lengths == 0)
+        return Candidates(items.astype(np.int32), fused.astype(np.float32), np.stack(list(found.values()), axis=-1), tuple(found))
+
+    def _log_probs_of(self, queries: Queries, items: np.ndarray) -> dict[str, np.ndarray]:
+        """(B, K) float32 log-probability of given (B, K) items under each source in use."""
+        if self.pools is not None:
+            return self.pools.log_probs(queries, items)
+        return {name: np.take_along_axis(values, items, 1) for name, values in self.source_log_probs(queries).items()}
 
     def rank(self, queries: Queries, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
         """Scores to order candidates by, and calibrated probabilities.
@@ -158,9 +178,11 @@ class Pipeline:
             np.put_along_axis(probabilities, best, self.ranker.judged(queries, candidates.take(np.arange(len(queries)), best)), 1)
         return scores, probabilities
 
-    def recommend(self, queries: Queries, n: int, *, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def recommend(
+        self, queries: Queries, n: int, *, allowed: np.ndarray | None = None, blocked: Blocked | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The n best items a query, as (B, n) int32 rows (-1 padded), scores and probabilities."""
-        candidates = self.retrieve(queries, max(n, self.num_candidates), allowed=allowed).candidates
+        candidates = self.retrieve(queries, max(n, self.num_candidates), allowed=allowed, blocked=blocked).candidates
         scores, probabilities = self.rank(queries, candidates)
         order = top_k(scores, n)
         picked = (np.take_along_axis(array, order, 1) for array in (candidates.items, scores, probabilities))
@@ -174,9 +196,9 @@ class Pipeline:
             query: B = 1.
             items: (K,) item rows.
         """
-        log_probs = self.source_log_probs(query)
+        log_probs = self._log_probs_of(query, np.asarray(items)[None, :])
         names = [name for name in log_probs if self.fusion.weights[name] > 0]
-        shares = np.stack([np.log(self.fusion.weights[name]) + log_probs[name][0, items] for name in names])
+        shares = np.stack([np.log(self.fusion.weights[name]) + log_probs[name][0] for name in names])
         if len(query.items) == 0:
             return [Reason("popularity")] * len(items)
         models = self.bundle.models
@@ -193,6 +215,15 @@ class Pipeline:
             item = int(source[column]) if source is not None else -1
             reasons.append(Reason(kind, item if item >= 0 else None))
         return reasons
+
+
+def _masked(values: np.ndarray, hidden: float, allowed: np.ndarray | None, blocked: Blocked | None) -> np.ndarray:
+    """(B, N) values, or `hidden` where an item may not be answered; may write into `values`."""
+    if allowed is not None:
+        values = np.where(allowed, values, np.float32(hidden))
+    if blocked is not None:
+        values[np.repeat(np.arange(len(values)), np.diff(blocked[0])), blocked[1]] = hidden
+    return values
 
 
 def _gather(log_probs: dict[str, np.ndarray], items: np.ndarray) -> np.ndarray:

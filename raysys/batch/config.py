@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Where batch inference runs and in what portions; none of it changes an answer."""
+    """Where batch inference runs and in what portions; none but `pools_from` changes an answer."""
 
     actors: int | None = None
     """Workers side by side, each with the bundle in memory; None gives as many as the cluster has room for now."""
@@ -17,6 +17,10 @@ class BatchConfig:
     """Users of an output file, the unit that a resumed run keeps or repeats; a prepared set has its own parts."""
     batch_size: int = 256
     """Users scored at once, at most; fewer where the catalogue is large."""
+
+    pools_from: int = 50_000
+    """Items from which retrieval looks at the best of each source, by an index, instead of all, as serving does; 0: never. Lists may
+    then differ in their last places."""
 
     def __post_init__(self) -> None:
         for name in ("actors", "cpus_per_actor", "users_per_part", "batch_size"):

@@ -27,6 +27,7 @@ from raysys.batch.stages import EMBEDDINGS, STAGES, Stage, encoder_of, item_vect
 from raysys.batch.users import Histories, Part, Users, users_of_bundle, users_of_file, users_of_prepared
 from raysys.bundle import Bundle
 from raysys.errors import ConfigError, RaysysError
+from raysys.pools.config import PoolConfig
 from raysys.prepare.dataset import Prepared
 from raysys.prepare.stages import quiet_ray_data
 
@@ -81,6 +82,8 @@ def run_batch(
         encoder_of(bundle)
     users = _users(bundle, users_uri, prepared_uri, settings)
     plan = _plan(bundle, users, stage, k)
+    if stage in ("final", "retrieval") and PoolConfig(items_from=settings.pools_from).applies(bundle.items.num_rows):
+        plan["pools_from"] = settings.pools_from  # lists from pools and from all items must not lie in one folder
     _adopt(out, plan)
     if storage.exists(storage.join(out, MANIFEST)):
         say(f"{out} is complete already")
@@ -196,7 +199,8 @@ class PartWriter:
         bundle = Bundle.open(model_uri)
         self.out, self.key = out, key
         self.histories = Histories(bundle, Prepared.open(prepared_uri) if prepared_uri else None)
-        self.stage = Stage(bundle, stage, k=k, batch_size=settings.batch_size, threads=settings.cpus_per_actor)
+        pools = PoolConfig(items_from=settings.pools_from)
+        self.stage = Stage(bundle, stage, k=k, batch_size=settings.batch_size, threads=settings.cpus_per_actor, pools=pools)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """One row (index, users, seconds) for each part of the block, after its file is written."""

@@ -12,7 +12,8 @@ from raysys.errors import BundleIncompatible
 from raysys.index import exact
 from raysys.models.base import top_k
 from raysys.models.interest import InterestRetriever
-from raysys.pipeline import Pipeline, available_mask, seen_mask
+from raysys.pipeline import Pipeline, available_mask
+from raysys.pools.config import PoolConfig
 from raysys.queries import Queries
 
 STAGES = ("final", "retrieval", "interest")
@@ -31,17 +32,20 @@ class Stage:
         k: list length.
         batch_size: users at once, at most.
         threads: of the exact search.
+        pools: where retrieval takes pools; nowhere when None.
     """
 
-    def __init__(self, bundle: Bundle, stage: str, *, k: int, batch_size: int, threads: int):
+    def __init__(self, bundle: Bundle, stage: str, *, k: int, batch_size: int, threads: int, pools: PoolConfig | None = None):
         self.bundle, self.stage, self.k, self.threads = bundle, stage, k, threads
-        self.batch_size = max(1, min(batch_size, MAX_BATCH_SCORES // bundle.items.num_rows))
         self.available = available_mask(bundle)
         if stage in STAGES[:2]:
-            self.pipeline = Pipeline(bundle)
+            self.pipeline = Pipeline(bundle).pooled(pools or PoolConfig(items_from=0))
+            width = bundle.items.num_rows if self.pipeline.pools is None else self.pipeline.pools.width
         else:
             self.encoder = encoder_of(bundle)
+            width = bundle.items.num_rows
             self.device_items = torch.from_numpy(self.encoder.item_vectors).cuda() if torch.cuda.is_available() else None
+        self.batch_size = max(1, min(batch_size, MAX_BATCH_SCORES // width))
         self.item_ids = bundle.items["item_id"].combine_chunks()
 
     def table(self, keys: pa.Array, name: str, queries: Queries) -> pa.Table:
@@ -69,11 +73,11 @@ class Stage:
         parts = []
         for first in range(0, len(queries), self.batch_size):
             batch = queries[first : first + self.batch_size]
-            allowed = seen_mask(batch, self.pipeline.num_items) & self.available
+            blocked = (batch.indptr, batch.items)
             if self.stage == "final":
-                parts.append(self.pipeline.recommend(batch, self.k, allowed=allowed))
+                parts.append(self.pipeline.recommend(batch, self.k, allowed=self.available, blocked=blocked))
             else:
-                candidates = self.pipeline.retrieve(batch, self.k, allowed=allowed).candidates
+                candidates = self.pipeline.retrieve(batch, self.k, allowed=self.available, blocked=blocked).candidates
                 order = top_k(candidates.fused, self.k)
                 items, fused = (np.take_along_axis(array, order, 1) for array in (candidates.items, candidates.fused))
                 parts.append((items, fused, np.full(items.shape, np.nan, np.float32)))

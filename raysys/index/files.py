@@ -8,6 +8,7 @@ A folder belongs to the node's cache, not to the bundle: everything in it follow
 from the bundle and the settings.
 """
 
+import contextlib
 import fcntl
 import io
 import logging
@@ -146,3 +147,16 @@ def open_or_build(folder: str, vectors: np.ndarray, *, key: str, config: IndexCo
             logger.warning("item index is built again: %s", error)
         build(folder, vectors, config=config, queries=queries, key=key)
         return open_index(folder)
+
+
+def drop_unused(root: str, keep: int) -> None:
+    """Remove the index folders below `root` that were opened or built longest ago, all but the last `keep`.
+
+    Who has one of them mapped keeps it: the pages stay until they are unmapped.
+    """
+    locks = {name: storage.join(root, name, ".lock") for name in os.listdir(root)}
+    used = {name: os.path.getmtime(lock) for name, lock in locks.items() if os.path.exists(lock)}
+    for name in sorted(used, key=lambda one: used[one])[:-keep]:
+        with open(locks[name], "a") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not while somebody opens or builds it
+            storage.remove(storage.join(root, name))

@@ -8,8 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from scipy import sparse
 
 from raysys.queries import Queries
+
+NO_EVIDENCE = -1e9
+"""Score of an item without a training interaction, whose vector is still random, and of what was never learnt to be told apart."""
 
 Arrays = dict[str, np.ndarray]
 Meta = dict[str, Any]
@@ -64,6 +68,37 @@ class Retriever(Protocol):
     @classmethod
     def from_arrays(cls, arrays: Arrays, meta: Meta) -> "Retriever":
         """The model back from what `to_arrays` gave."""
+        ...
+
+
+@runtime_checkable
+class VectorSource(Protocol):
+    """A retriever whose scores are dot products of a vector a query and a vector an item; all 0 for an empty history."""
+
+    item_vectors: np.ndarray
+    """(N, D) float32."""
+
+    @property
+    def evidence(self) -> np.ndarray | None:
+        """(N,) bool, items that it can tell apart at all, the others score NO_EVIDENCE; None for all."""
+        ...
+
+    @property
+    def excludes_history(self) -> bool:
+        """Whether items of the history score NO_EVIDENCE."""
+        ...
+
+    def user_vectors(self, queries: Queries) -> np.ndarray:
+        """(B, D) float32."""
+        ...
+
+
+@runtime_checkable
+class SparseSource(Protocol):
+    """A retriever whose scores are sums of rows of a sparse matrix: 0 for most items."""
+
+    def sums(self, queries: Queries) -> sparse.csr_array:
+        """(B, N) CSR float32 scores; what is not stored is 0."""
         ...
 
 

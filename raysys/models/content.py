@@ -39,6 +39,8 @@ class ContentNeighbours:
     """
 
     name = "content"
+    evidence = None
+    excludes_history = False
 
     def __init__(self, vectors: np.ndarray, mean: np.ndarray, config: ContentConfig | None = None):
         self.item_vectors, self.mean, self.config = vectors.astype(np.float32), mean.astype(np.float32), config or ContentConfig()
@@ -59,7 +61,7 @@ class ContentNeighbours:
         """(M, D) encoder output of new items in the space of `item_vectors`."""
         return _centred(raw, self.mean)
 
-    def profile(self, queries: Queries) -> np.ndarray:
+    def user_vectors(self, queries: Queries) -> np.ndarray:
         """(B, D) float32 unit profile of each history; zero without content."""
         from_end = queries.lengths[queries.rows] - 1 - (np.arange(len(queries.items)) - queries.indptr[queries.rows])
         weights = np.where(from_end < self.config.max_history, self.config.decay**from_end, 0.0).astype(np.float32)
@@ -68,7 +70,7 @@ class ContentNeighbours:
 
     def scores(self, queries: Queries) -> np.ndarray:
         """(B, N) float32 cosine in [-1, 1]; zero for an empty history."""
-        return self.profile(queries) @ self.item_vectors.T
+        return self.user_vectors(queries) @ self.item_vectors.T
 
     def to_arrays(self) -> tuple[Arrays, Meta]:
         """Vectors in half precision: a cosine needs three digits, the file halves."""

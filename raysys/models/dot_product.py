@@ -83,6 +83,8 @@ class DotProduct:
     """
 
     name = "dot_product"
+    evidence = None
+    excludes_history = False
 
     def __init__(self, weights: np.ndarray, item_vectors: np.ndarray, calibration: tuple[float, float], config: DotProductConfig):
         self.weights, self.item_vectors = weights.astype(np.float32), item_vectors.astype(np.float32)

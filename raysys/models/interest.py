@@ -19,12 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysys.models.base import Arrays, Meta
+from raysys.models.base import NO_EVIDENCE, Arrays, Meta
 from raysys.models.remembered import Remembered
 from raysys.queries import GAP_CODES, Queries
 
-NO_EVIDENCE = -1e9
-"""Score of an item without a training interaction, whose vector is still random, and of what was never learnt to be told apart."""
 INIT_STD = 0.02
 INIT_BLOCK = 8192
 """Rows of the item table that are drawn from one random generator."""
@@ -320,6 +318,16 @@ class InterestRetriever:
         """Compute on this device of torch from now on: the encoder, and the product with all items."""
         self.encoder.to(device)
         self._items = None if device == "cpu" else torch.from_numpy(self.item_vectors).to(device)
+
+    @property
+    def evidence(self) -> np.ndarray | None:
+        """(N,) bool, items with a training interaction; None where all have one."""
+        return None if self.warm.all() else self.warm
+
+    @property
+    def excludes_history(self) -> bool:
+        """Whether items of the history were left out while it learnt."""
+        return self.encoder.config.exclude_seen
 
     def user_vectors(self, queries: Queries) -> np.ndarray:
         """(B, D) float32 state after the last event; zero for an empty history."""

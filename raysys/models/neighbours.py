@@ -31,11 +31,6 @@ def faded_history(queries: Queries, weights: np.ndarray, *, decay: float, longes
     return history
 
 
-def summed(history: sparse.csr_array, matrix: sparse.csr_array) -> np.ndarray:
-    """(B, N) float32 sum over each history of its items' rows of the matrix; 0 where nothing is known."""
-    return (history @ matrix).toarray().astype(np.float32, copy=False)
-
-
 def strongest(history: sparse.csr_array, matrix: sparse.csr_array, items: np.ndarray) -> np.ndarray:
     """The history item that contributed most to each item's sum.
 

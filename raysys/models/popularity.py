@@ -96,8 +96,13 @@ class Popularity:
 
     def scores(self, queries: Queries) -> np.ndarray:
         """(B, N) float32 log counts."""
-        row = np.log(self.counts + self.config.smoothing).astype(np.float32)
+        row = self.log_counts
         return np.broadcast_to(row, (len(queries), len(row))).copy()
+
+    @property
+    def log_counts(self) -> np.ndarray:
+        """(N,) float32, the scores of every query."""
+        return np.log(self.counts + self.config.smoothing).astype(np.float32)
 
     def to_arrays(self) -> tuple[Arrays, Meta]:
         """Counts and weights."""

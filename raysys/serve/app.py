@@ -15,6 +15,7 @@ from ray.serve import Application, Deployment
 from raysys import storage
 from raysys.errors import ConfigError
 from raysys.events.dead_letters import dead_letter_folder
+from raysys.pools.config import PoolConfig
 from raysys.serve import deployments
 from raysys.serve.models import Compute
 from raysys.serve.rate import Rate
@@ -41,6 +42,10 @@ class AppArgs(BaseModel):
     )
     threads: int = Field(1, ge=1, description="torch threads of each replica that computes")
     cached_histories: int = Field(20_000, ge=0, description="histories whose encoded vectors a replica keeps; about 500 bytes each")
+    pools_from: int = Field(
+        50_000, ge=0, description="items from which retrieval looks at the best of each source, by an index, instead of all; 0: never"
+    )
+    pool_size: int = Field(500, ge=1, description="items that each source then puts into the pool of a request")
     max_in_flight: int = Field(150, ge=1, description="requests an ingress replica works on at once; more get 503 and Retry-After")
     deadline_ms: int = Field(
         3000, ge=1, le=MAX_DEADLINE_MS, description="an answer is due so long after its request, where X-Deadline-Ms says nothing"
@@ -77,7 +82,8 @@ def assemble(args: AppArgs, ingress: Deployment, retrieval: Deployment, ranking:
     on_node = LOCAL_NODE if storage.is_local(state) or storage.is_local(events) else {}
     if on_node and len([node for node in ray.nodes() if node["Alive"]]) > 1 and not storage.is_local(registry):
         logging.getLogger("ray.serve").warning("log and state are embedded: ingress and ingestion stay on the head node")
-    compute = Compute(args.threads, args.device, args.cached_histories)
+    pools = PoolConfig(items_from=args.pools_from, size=args.pool_size)
+    compute = Compute(args.threads, args.device, args.cached_histories, pools)
     stages = tuple(stage.bind(registry, compute) for stage in (retrieval, ranking)) if args.placement == "apart" else None
     refused = dead_letter_folder(events, args.dead_letters and _location("dead_letters", args.dead_letters))
     writer = ingestion.options(ray_actor_options=_actor(on_node)).bind(events, state, args.history_events, args.pseudonyms, refused)

@@ -16,8 +16,10 @@ import torch
 
 from raysys.bundle import MODEL_CLASSES, Bundle
 from raysys.errors import ConfigError
+from raysys.index.approximate import set_search_threads
 from raysys.models.base import Candidates
 from raysys.pipeline import Pipeline
+from raysys.pools.config import PoolConfig
 from raysys.queries import Queries
 from raysys.registry import Registry
 from raysys.serve.metrics import Metrics
@@ -42,11 +44,13 @@ class Compute:
     """How a replica computes."""
 
     threads: int = 1
-    """Torch threads."""
+    """Threads of torch and of a search in an index."""
     device: str = "cpu"
     """`cpu`, `cuda`, or `auto`; see `device_of`."""
     cached_histories: int = 20_000
     """Histories whose vectors are kept, so that asking again without a new event does not encode again; about 500 bytes each."""
+    pools: PoolConfig = PoolConfig()
+    """From which catalogue size on retrieval asks an index."""
 
 
 class Models:
@@ -61,6 +65,7 @@ class Models:
 
     def __init__(self, registry: str, compute: Compute, metrics: Metrics, only: tuple[str, ...] | None = None):
         torch.set_num_threads(compute.threads)
+        set_search_threads(compute.threads)
         self.registry, self._compute, self._metrics, self._only = Registry(registry), compute, metrics, only
         self._device = device_of(compute.device)
         self._loaded: OrderedDict[str, Pipeline] = OrderedDict()
@@ -81,6 +86,8 @@ class Models:
                 pipeline = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only)).to(self._device)
                 if "interest" in pipeline.bundle.models:
                     pipeline.bundle.models["interest"].remember(self._compute.cached_histories)
+                if pipeline.sources:
+                    pipeline.pooled(self._compute.pools)
                 self._loaded[version] = pipeline
                 while len(self._loaded) > KEEP_VERSIONS:
                     self._loaded.popitem(last=False)
@@ -172,15 +179,12 @@ def warm_up(pipeline: Pipeline) -> None:
 
 def retrieve_many(pipeline: Pipeline, group: list[RetrieveRequest]) -> list[RetrievedOne]:
     """Candidates of several requests in one pass over the models."""
-    num_items = pipeline.num_items
-    allowed = np.ones((len(group), num_items), bool)
-    for row, (_, _, _, mask, blocked) in enumerate(group):
-        if mask is not None:
-            packed = isinstance(mask, bytes)
-            allowed[row] = np.unpackbits(np.frombuffer(mask, np.uint8), count=num_items) if packed else mask
-        allowed[row, blocked] = False
+    indptr = np.concatenate([[0], np.cumsum([len(rows) for _, _, _, _, rows in group])]).astype(np.int64)
+    blocked = (indptr, np.concatenate([rows for _, _, _, _, rows in group]).astype(np.int64))
     queries, most = Queries.stack([query for _, query, _, _, _ in group]), max(k for _, _, k, _, _ in group)
-    retrieved = pipeline.retrieve(queries, most, allowed=allowed)
+    retrieved = pipeline.retrieve(
+        queries, most, allowed=_allowed([mask for _, _, _, mask, _ in group], pipeline.num_items), blocked=blocked
+    )
     candidates = retrieved.candidates
     answers = []
     for row, (_, _, k, _, _) in enumerate(group):
@@ -196,6 +200,17 @@ def retrieve_many(pipeline: Pipeline, group: list[RetrieveRequest]) -> list[Retr
             )
         )
     return answers
+
+
+def _allowed(masks: list[np.ndarray | bytes | None], num_items: int) -> np.ndarray | None:
+    """(N,) bool where all requests have one mask, as those without a filter do, else (B, N); None where nothing is masked."""
+    if all(mask is masks[0] for mask in masks) and not isinstance(masks[0], bytes):
+        return masks[0]
+    allowed = np.ones((len(masks), num_items), bool)
+    for row, mask in enumerate(masks):
+        if mask is not None:
+            allowed[row] = np.unpackbits(np.frombuffer(mask, np.uint8), count=num_items) if isinstance(mask, bytes) else mask
+    return allowed
 
 
 def rank_many(pipeline: Pipeline, group: list[RankRequest]) -> list[tuple[np.ndarray, np.ndarray]]:

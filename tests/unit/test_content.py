@@ -14,7 +14,7 @@ def uncentred(vectors, decay=0.5, max_history=20) -> ContentNeighbours:
 
 def test_profile_is_the_decayed_mean_by_hand():
     """North then East at decay 1/2: (1, 1/2), of length sqrt(5) / 2."""
-    profile = uncentred([EAST, NORTH]).profile(Queries.from_lists([[1, 0]]))
+    profile = uncentred([EAST, NORTH]).user_vectors(Queries.from_lists([[1, 0]]))
     np.testing.assert_allclose(profile, [[2 / 5**0.5, 1 / 5**0.5]], rtol=1e-6)
 
 
@@ -25,12 +25,12 @@ def test_scores_are_cosines_with_the_profile():
 
 def test_an_item_twice_in_the_history_counts_twice():
     """North, East, East: weights 1/4 north, 1/2 + 1 east."""
-    profile = uncentred([EAST, NORTH]).profile(Queries.from_lists([[1, 0, 0]]))[0]
+    profile = uncentred([EAST, NORTH]).user_vectors(Queries.from_lists([[1, 0, 0]]))[0]
     assert profile[1] / profile[0] == pytest.approx(0.25 / 1.5)
 
 
 def test_only_the_last_events_make_the_profile():
-    profile = uncentred([EAST, NORTH], max_history=1).profile(Queries.from_lists([[1, 1, 1, 0]]))
+    profile = uncentred([EAST, NORTH], max_history=1).user_vectors(Queries.from_lists([[1, 1, 1, 0]]))
     np.testing.assert_allclose(profile, [EAST])
 
 
