@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysys.models.base import Arrays, Candidates, Meta
@@ -131,7 +132,8 @@ class RankerNetwork(nn.Module):
         vectors_BTD, candidates_BKD = self.item_vectors[history_BT], self.item_vectors[items_BK]
         logits_BKT = self.query(candidates_BKD) @ self.key(vectors_BTD).transpose(1, 2) / self.config.attention_width**0.5
         age_BT = (lengths_B[:, None] - 1 - torch.arange(T, device=history_BT.device)).clamp(min=0)
-        logits_BKT = logits_BKT + self.recency[age_BT][:, None, :]
+        # Not plain indexing, which adds up its gradient in any order.
+        logits_BKT = logits_BKT + F.embedding(age_BT, self.recency[:, None])[:, None, :, 0]
         real_BT = torch.arange(T, device=history_BT.device) < lengths_B[:, None]
         logits_BKT = logits_BKT.masked_fill(~real_BT[:, None, :], -1e9)
         attended_BKA = logits_BKT.softmax(dim=2) @ self.value(vectors_BTD)
