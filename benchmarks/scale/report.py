@@ -32,10 +32,11 @@ def main() -> int:
     parser.add_argument("folder", help="where the benchmarks left their JSON")
     parser.add_argument("--hardware", required=True, help="short name of the machine, part of the file's name, such as 2-cores")
     parser.add_argument("--out", default=str(Path(__file__).parent), help="folder of the report")
-    parser.add_argument("--title", default="Scale")
+    parser.add_argument("--title", default="Scale", help="heading of the page (default: Scale)")
     arguments = parser.parse_args()
     try:
-        page = write_report(arguments.folder, arguments.out, hardware=arguments.hardware, date=datetime.now(UTC).date().isoformat())
+        today = datetime.now(UTC).date().isoformat()
+        page = write_report(arguments.folder, arguments.out, hardware=arguments.hardware, date=today, title=arguments.title)
     except RaysysError as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 2
@@ -43,7 +44,7 @@ def main() -> int:
     return 0
 
 
-def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
+def write_report(folder: str, out: str, *, hardware: str, date: str, title: str = "Scale") -> str:
     """Gather, plot, write; returns the path of the page.
 
     Raises:
@@ -57,7 +58,7 @@ def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
     bars = [(result["name"], bar) for result in results for bar in result["bars"]]
     met = sum(bar["met"] is True for _, bar in bars)
     head = [
-        f"# Scale, {hardware}, {date}",
+        f"# {title}, {hardware}, {date}",
         "",
         f"Gathered by `benchmarks/scale/report.py` at commit {commit()} on {platform.machine()}, Python {platform.python_version()}.",
         f"{met} of {len(bars)} bars met, {sum(bar['met'] is False for _, bar in bars)} missed, "

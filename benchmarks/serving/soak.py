@@ -13,9 +13,6 @@ Leaves `soak.json` (the shape that benchmarks/scale/README.md describes) and `so
 
 import argparse
 import dataclasses
-import http.client
-import itertools
-import json
 import os
 import random
 import secrets
@@ -42,6 +39,7 @@ from raysys.serve.launch import family, running_service
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "scale")]
 import _catalogue  # noqa: E402
+from _clients import Load, quantile  # noqa: E402
 from _memory import pss_bytes  # noqa: E402
 
 N, PORT, WINDOW_S, MARK = 10, 8078, 5.0, "RAYSYS_SOAK"
@@ -96,7 +94,8 @@ def run(arguments: argparse.Namespace) -> dict:
             items = [str(item) for item in bundle.items["item_id"].to_pylist()[:2000]]
             peak = closed_loop(arguments, users, items)
             print(f"peak: {peak:.0f} requests a second with {arguments.clients} clients", flush=True)
-            load = Load(users, items, rate=arguments.share * peak, clients=2 * arguments.clients)
+            rate, clients = arguments.share * peak, 2 * arguments.clients
+            load = Load(PORT, users, n=N, rate=rate, clients=clients, items=items, write_every=WRITE_EVERY)
             harm = Harm(load, registry, bundle, folder, f"{MARK}={token}".encode(), arguments)
             with load, harm:
                 time.sleep(60 * arguments.minutes)
@@ -114,87 +113,13 @@ def service_config() -> dict:
 
 def closed_loop(arguments: argparse.Namespace, users: list[str], items: list[str]) -> float:
     """Requests a second of clients that ask again when they have their answer, after a quarter of the time to warm up."""
-    load = Load(users, items, rate=None, clients=arguments.clients)
+    load = Load(PORT, users, n=N, rate=None, clients=arguments.clients, items=items, write_every=WRITE_EVERY)
     with load:
         time.sleep(arguments.peak_s / 4)
         before = len(load.seen)
         started = time.monotonic()
         time.sleep(arguments.peak_s)
         return (len(load.seen) - before) / (time.monotonic() - started)
-
-
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """One request as its client saw it."""
-
-    at: float
-    """When it was due, monotonic seconds."""
-    ms: float
-    kind: str
-    """`answered`, `degraded`, `written`, `shed` (an honest 503 with Retry-After) or `failed`."""
-    told: str = ""
-
-
-class Load:
-    """Clients that send requests at a rate, each at its own time; without one, as fast as answers come.
-
-    Args:
-        users: asked for in turn. items: of the events.
-        rate: requests a second; None for as many as the clients can.
-        clients: threads; with a rate, as many requests can be under way at once.
-    """
-
-    def __init__(self, users: list[str], items: list[str], *, rate: float | None, clients: int):
-        self.users, self.items, self.rate = users, items, rate
-        self.seen: list[Seen] = []
-        self.started = 0.0
-        self._tickets = itertools.count()  # next() is atomic
-        self._done = threading.Event()
-        self._threads = [threading.Thread(target=self._client, daemon=True) for _ in range(clients)]
-
-    def __enter__(self) -> "Load":
-        self.started = time.monotonic()
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._done.set()
-        for thread in self._threads:
-            thread.join(timeout=40)
-
-    def _client(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=30)
-        while not self._done.is_set():
-            number = next(self._tickets)
-            due = time.monotonic() if self.rate is None else self.started + number / self.rate
-            if self._done.wait(max(0.0, due - time.monotonic())):
-                return
-            kind, told = self._ask(connection, number)
-            self.seen.append(Seen(due, (time.monotonic() - due) * 1000, kind, told))
-
-    def _ask(self, connection: http.client.HTTPConnection, number: int) -> tuple[str, str]:
-        user = self.users[number % len(self.users)]
-        is_write = number % WRITE_EVERY == 0
-        path, body = "/v1/recommend", {"user_id": user, "n": N}
-        if is_write:
-            item = self.items[number // WRITE_EVERY % len(self.items)]
-            path, body = "/v1/events", {"user_id": user, "item_id": item, "event": "view", "event_id": f"soak-{self.started}-{number}"}
-        try:
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            text = response.read()
-            if response.status == 503 and response.getheader("Retry-After") and b'"error"' in text:
-                return "shed", text.decode()[:200]
-            answer = json.loads(text) if response.status == 200 else {}
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            connection.close()
-            return "failed", repr(error)
-        if is_write and answer.get("accepted", 0) + answer.get("duplicates", 0) == 1:
-            return "written", ""
-        if len(answer.get("items", ())) == N:
-            return ("degraded", answer["degraded_reason"]) if answer["degraded"] else ("answered", answer["model_version"])
-        return "failed", f"HTTP {response.status}: {text[:200]!r}"
 
 
 class Harm:
@@ -295,6 +220,7 @@ def report(load: Load, harm: Harm, peak: float, arguments: argparse.Namespace) -
             "met": abs(growth) <= ALLOWED_GROWTH,
         },
     ]
+    failed = [one for one in load.seen if one.kind == "failed"]
     reasons = Counter(one.told for one in load.seen if one.kind in ("failed", "shed"))
     figures = {
         **{f"requests {kind}": counts[kind] for kind in ("answered", "degraded", "written", "shed", "failed")},
@@ -302,10 +228,12 @@ def report(load: Load, harm: Harm, peak: float, arguments: argparse.Namespace) -
         "versions published": len(harm.versions),
         "versions that answered": len(taken),
         "peak, requests a second": peak,
-        "p99 of all answers, ms": quantile(load, 0.99),
+        "p99 of all answers, ms": quantile(load.seen, 0.99),
         "memory after warm-up, bytes": statistics.median(before) if before else None,
         "memory at the end, bytes": statistics.median(after) if after else None,
         "what failed or was shed": "; ".join(f"{count} x {told}" for told, count in reasons.most_common(5)) or None,
+        "failures, seconds after the last kill": ", ".join(f"{since_kill(one.at + one.ms / 1000, harm):.1f}" for one in failed[:20])
+        or None,
         "harm that was not done": "; ".join(harm.problems[:5]) or None,
     }
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
@@ -315,9 +243,9 @@ def report(load: Load, harm: Harm, peak: float, arguments: argparse.Namespace) -
     return {"name": "soak", "rows": windows, "figures": figures, "bars": bars, "about": about}
 
 
-def quantile(load: Load, share: float) -> float | None:
-    times = sorted(one.ms for one in load.seen if one.kind in ("answered", "degraded"))
-    return times[int(share * len(times))] if times else None
+def since_kill(moment: float, harm: Harm) -> float:
+    """Seconds since the last kill before a moment; infinite before the first."""
+    return min((moment - at for at, _ in harm.kills if at <= moment), default=float("inf"))
 
 
 def plot(found: dict, path: str) -> None:
