@@ -23,6 +23,8 @@ from raysys.errors import RaysysError, SchemaError
 
 SIZES = ("events", "users", "items", "workers")
 COSTS = {"seconds": "seconds", "peak_bytes": "peak memory, bytes", "per_second": "a second"}
+TIMELINE = "timeline"
+"""Rows of this series are moments of one run: they are in the benchmark's own picture, not in the table."""
 KEYS = {"name": str, "rows": list, "figures": dict, "bars": list}
 BAR_KEYS = {"what", "bar", "measured", "met"}
 
@@ -54,7 +56,7 @@ def write_report(folder: str, out: str, *, hardware: str, date: str, title: str 
     if not results:
         raise SchemaError(f"{folder}: expected the JSON of at least one benchmark, found none; run benchmarks/scale/NAME.py --out {folder}")
     stem = f"{hardware}_{date}"
-    sections = [section(result, plots_of(result, out, stem)) for result in results]
+    sections = [section(result, own_plot(result, folder, out, stem) + plots_of(result, out, stem)) for result in results]
     bars = [(result["name"], bar) for result in results for bar in result["bars"]]
     met = sum(bar["met"] is True for _, bar in bars)
     head = [
@@ -94,7 +96,17 @@ def section(result: dict, plots: list[str]) -> str:
     parts = [f"\n## {result['name']}", about, *(f"![{result['name']}]({name})" for name in plots)]
     if result["figures"]:
         parts.append(table([{"figure": name, "value": value} for name, value in result["figures"].items()]))
-    return "\n\n".join(part for part in [*parts, table(result["rows"])] if part)
+    rows = [row for row in result["rows"] if row.get("series") != TIMELINE]
+    return "\n\n".join(part for part in [*parts, table(rows)] if part)
+
+
+def own_plot(result: dict, folder: str, out: str, stem: str) -> list[str]:
+    """The picture that the benchmark left beside its JSON, copied; empty without one."""
+    picture, name = storage.join(folder, f"{result['name']}.png"), f"{stem}_{result['name']}.png"
+    if not storage.exists(picture):
+        return []
+    storage.copy_file(picture, storage.join(out, name))
+    return [name]
 
 
 def plots_of(result: dict, out: str, stem: str) -> list[str]:
