@@ -59,6 +59,7 @@ class Catalogue:
         self.available = available.astype(bool)
         self._masks: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self.masks_made = 0
+        self._codes: dict[str, tuple[np.ndarray, list[Any]]] = {}  # of columns that were filtered by; 4 bytes an item each
 
     def apply(self, changes: Iterable[tuple[str, ItemState]]) -> None:
         """Take in item changes in their order."""
@@ -151,8 +152,8 @@ class Catalogue:
         compiled = self.compile(rules)
         mask = np.ones(len(self.item_ids), bool)
         for name, rule in compiled.items():
-            values = self.items[name].to_pylist() if name in self.items.column_names else [None] * len(mask)
-            mask &= np.fromiter((rule(value) for value in values), bool, len(mask))
+            codes, values = self._distinct(name)
+            mask &= np.fromiter((rule(value) for value in values), bool, len(values))[codes]
         for item_id in self.overlay:
             row = self.index.get(item_id)
             if row is not None:
@@ -162,6 +163,22 @@ class Catalogue:
         while len(self._masks) > max(1, self.bounds.masks_bytes // max(1, len(mask))):
             self._masks.popitem(last=False)
         return mask
+
+    def _distinct(self, name: str) -> tuple[np.ndarray, list[Any]]:
+        """(N,) codes of a column's values, and the value of each code: a rule is asked once a distinct value, not once an item."""
+        if name not in self.items.column_names:
+            return np.zeros(len(self.item_ids), np.int32), [None]
+        if name not in self._codes:
+            column = self.items[name]
+            if pa.types.is_nested(column.type):
+                places: dict[bytes, int] = {}
+                keys = (orjson.dumps(value, option=orjson.OPT_SORT_KEYS) for value in column.to_pylist())
+                codes = np.fromiter((places.setdefault(key, len(places)) for key in keys), np.int32, len(column))
+                self._codes[name] = codes, [orjson.loads(key) for key in places]
+            else:
+                encoded = pa.concat_arrays(column.chunks).dictionary_encode(null_encoding="encode")
+                self._codes[name] = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+        return self._codes[name]
 
     def matches(self, item_id: str, compiled: dict[str, Rule]) -> bool:
         """Whether one item satisfies compiled rules."""

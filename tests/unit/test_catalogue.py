@@ -1,4 +1,4 @@
-"""What a catalogue keeps in memory has bounds, and what was forgotten is not shown by mistake."""
+"""Filters over a catalogue; what it keeps in memory has bounds, and what was forgotten is not shown by mistake."""
 
 import numpy as np
 import pyarrow as pa
@@ -62,3 +62,29 @@ def test_attributes_that_only_live_items_have_can_be_filtered_by():
     kept = catalogue()
     put(kept, "n0")
     assert kept.filter_mask({"mood": "new"}).sum() == 0 and kept.matches("n0", kept.compile({"mood": "new"}))
+
+
+def test_filters_are_as_asking_every_item_alone():
+    rng = np.random.default_rng(0)
+    table = pa.table(
+        {
+            "item_id": [f"b{row}" for row in range(300)],
+            "year": [None if row % 7 == 0 else int(rng.integers(5)) for row in range(300)],
+            "kind": [None if row % 5 == 0 else str(rng.integers(3)) for row in range(300)],
+            "tags": [None if row % 11 == 0 else [str(tag) for tag in rng.integers(0, 4, row % 3)] for row in range(300)],
+            "price": rng.random(300),
+        }
+    )
+    kept = Catalogue(pa.concat_tables([table[:100], table[100:]]))
+    put(kept, "b3", "n0")
+    for rules in (
+        {"year": 3},
+        {"year": {"not": {"equals": 3}}},
+        {"kind": ["1", "2"], "price": {"range": {"min": 0.2, "max": 0.9}}},
+        {"tags": {"any": ["1", "3"]}},
+        {"tags": {"not": {"equals": "2"}}, "year": {"in": [1, 7]}},
+        {"mood": {"not": {"equals": "new"}}},
+    ):
+        compiled = kept.compile(rules)
+        expected = [kept.matches(item_id, compiled) for item_id in kept.item_ids]
+        assert kept.filter_mask(rules).tolist() == expected and 0 < sum(expected) < 300, rules
