@@ -12,6 +12,7 @@ Knows files and models, not requests (`pipeline.py`) and not versions in use (`r
 
 import hashlib
 import importlib
+import os
 import secrets
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ from raysys.schema import ITEM_ID, ITEM_IDX, UNKNOWN_ITEM
 FORMAT = "raysys-bundle/2"
 WRITTEN = ("format", "version", "created", "user_key_id", "history_max_events", "fusion", "models", "files", "packing")
 """What `Bundle.write` puts into a manifest itself."""
+KEPT_COPIES = 8
+"""Copies of remote bundles that a node keeps on its disk, the last opened; each is read whole when it is opened."""
 MANIFEST, VOCABULARY, ITEMS, HISTORIES = "manifest.json", "vocabulary.parquet", "items.parquet", "histories.parquet"
 
 MODEL_CLASSES = {
@@ -349,4 +352,8 @@ def _cached(uri: str) -> str:
         partial = cache.with_name(f"{cache.name}.tmp-{secrets.token_hex(6)}")
         storage.copy_tree(uri, str(partial))
         storage.replace_dir(str(partial), str(cache))
+        copies = sorted((path for path in cache.parent.iterdir() if ".tmp-" not in path.name), key=lambda path: path.stat().st_mtime)
+        for old in copies[:-KEPT_COPIES]:
+            storage.remove(str(old))
+    os.utime(cache)
     return str(cache)

@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 
 from raysys import config
+from raysys.registry import Registry
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,3 +55,10 @@ def apart_config() -> dict:
     application["args"] = {"placement": "apart"}
     application["deployments"] += [{"name": name, "ray_actor_options": {"num_cpus": 0.3}} for name in ("Retrieval", "Ranking")]
     return values
+
+
+def published(folder: Path, bundle: str) -> dict[str, str]:
+    """Where a service in this folder has registry, log and state, the bundle published."""
+    registry = str(folder / "registry")
+    Registry(registry).publish(bundle)
+    return {"registry": registry, "events": str(folder / "events"), "state": str(folder / "state")}

@@ -64,7 +64,7 @@ def _sample(mark: str, temporary: str, shm: int, usage: Usage, ended: threading.
                     known[born] = f"{MARK}={mark}".encode() in (folder / "environ").read_bytes()
                 if known[born]:
                     name = (folder / "comm").read_text().strip()
-                    sizes[name] = sizes.get(name, 0) + _pss(folder)
+                    sizes[name] = sizes.get(name, 0) + pss_bytes(folder)
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
         usage.samples += 1
@@ -75,7 +75,8 @@ def _sample(mark: str, temporary: str, shm: int, usage: Usage, ended: threading.
         usage.spilled_bytes = max(usage.spilled_bytes, spilled)
 
 
-def _pss(folder: Path) -> int:
+def pss_bytes(folder: Path) -> int:
+    """Proportional set size of a process, by its folder in /proc."""
     for line in (folder / "smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024

@@ -23,6 +23,8 @@ from raysys.errors import RaysysError, SchemaError
 
 SIZES = ("events", "users", "items", "workers")
 COSTS = {"seconds": "seconds", "peak_bytes": "peak memory, bytes", "per_second": "a second"}
+TIMELINE = "timeline"
+"""Rows of this series are moments of one run: they are in the benchmark's own picture, not in the table."""
 KEYS = {"name": str, "rows": list, "figures": dict, "bars": list}
 BAR_KEYS = {"what", "bar", "measured", "met"}
 
@@ -32,10 +34,11 @@ def main() -> int:
     parser.add_argument("folder", help="where the benchmarks left their JSON")
     parser.add_argument("--hardware", required=True, help="short name of the machine, part of the file's name, such as 2-cores")
     parser.add_argument("--out", default=str(Path(__file__).parent), help="folder of the report")
-    parser.add_argument("--title", default="Scale")
+    parser.add_argument("--title", default="Scale", help="heading of the page (default: Scale)")
     arguments = parser.parse_args()
     try:
-        page = write_report(arguments.folder, arguments.out, hardware=arguments.hardware, date=datetime.now(UTC).date().isoformat())
+        today = datetime.now(UTC).date().isoformat()
+        page = write_report(arguments.folder, arguments.out, hardware=arguments.hardware, date=today, title=arguments.title)
     except RaysysError as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 2
@@ -43,7 +46,7 @@ def main() -> int:
     return 0
 
 
-def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
+def write_report(folder: str, out: str, *, hardware: str, date: str, title: str = "Scale") -> str:
     """Gather, plot, write; returns the path of the page.
 
     Raises:
@@ -53,11 +56,11 @@ def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
     if not results:
         raise SchemaError(f"{folder}: expected the JSON of at least one benchmark, found none; run benchmarks/scale/NAME.py --out {folder}")
     stem = f"{hardware}_{date}"
-    sections = [section(result, plots_of(result, out, stem)) for result in results]
+    sections = [section(result, own_plot(result, folder, out, stem) + plots_of(result, out, stem)) for result in results]
     bars = [(result["name"], bar) for result in results for bar in result["bars"]]
     met = sum(bar["met"] is True for _, bar in bars)
     head = [
-        f"# Scale, {hardware}, {date}",
+        f"# {title}, {hardware}, {date}",
         "",
         f"Gathered by `benchmarks/scale/report.py` at commit {commit()} on {platform.machine()}, Python {platform.python_version()}.",
         f"{met} of {len(bars)} bars met, {sum(bar['met'] is False for _, bar in bars)} missed, "
@@ -93,7 +96,17 @@ def section(result: dict, plots: list[str]) -> str:
     parts = [f"\n## {result['name']}", about, *(f"![{result['name']}]({name})" for name in plots)]
     if result["figures"]:
         parts.append(table([{"figure": name, "value": value} for name, value in result["figures"].items()]))
-    return "\n\n".join(part for part in [*parts, table(result["rows"])] if part)
+    rows = [row for row in result["rows"] if row.get("series") != TIMELINE]
+    return "\n\n".join(part for part in [*parts, table(rows)] if part)
+
+
+def own_plot(result: dict, folder: str, out: str, stem: str) -> list[str]:
+    """The picture that the benchmark left beside its JSON, copied; empty without one."""
+    picture, name = storage.join(folder, f"{result['name']}.png"), f"{stem}_{result['name']}.png"
+    if not storage.exists(picture):
+        return []
+    storage.copy_file(picture, storage.join(out, name))
+    return [name]
 
 
 def plots_of(result: dict, out: str, stem: str) -> list[str]:

@@ -1,12 +1,14 @@
 """Latency and throughput of `POST /v1/recommend` beside no-op apps and peers, all in one run.
 
     raysys bench serving/load --bundle BUNDLE --prepared PREPARED --out runs/serving [--sides raysys noop-1] [--rounds 1]
+    raysys bench serving/load --items 3000 100000 1000000 --sides raysys uvicorn noop-1 --out runs/serving   (synthetic catalogues)
 
 Sides: raysys as shipped; `forgetful` without remembered histories (every request encodes); `apart` with retrieval and ranking in
 deployments of their own; `default` with Serve's default settings; `uvicorn`, the same code in one process without Ray; and no-op apps
 with 0, 1 and 2 hops. Users with 50 to 200 events rotate; n = 20, 200 candidates ranked. Clients: one connection of http.client, which
-also checks each answer, then wrk with 8 and with 32. Needs `wrk` (Debian: apt-get install wrk). Load generator and service share the
-machine.
+also checks each answer; wrk with 8 and with 32 (closed loop); then threads that send half of what 32 clients got, each request at its
+own time (open loop; latency from when it was due). From 50,000 items on retrieval asks an index; building it is not measured here.
+Needs `wrk` (Debian: apt-get install wrk). Load generator and service share the machine.
 """
 
 import argparse
@@ -29,9 +31,14 @@ import numpy as np
 import yaml
 
 from raysys import config, storage
+from raysys.bundle import ITEMS
 from raysys.prepare.dataset import Prepared
 from raysys.registry import Registry
 from raysys.serve.launch import running_service
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _catalogue  # noqa: E402
+from _clients import Load, quantile  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 PORT = 8077
@@ -53,8 +60,11 @@ APART = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", required=True)
-    parser.add_argument("--prepared", required=True, help="the prepared set, for user ids")
+    parser.add_argument("--bundle", default=None)
+    parser.add_argument("--prepared", default=None, help="the prepared set, for user ids")
+    parser.add_argument("--items", type=int, nargs="*", default=[], help="synthetic catalogues of these sizes, in place of a bundle")
+    parser.add_argument("--open-share", type=float, default=0.5, help="rate of the open loop as a share of the throughput at 32 clients")
+    parser.add_argument("--ready-s", type=float, default=600.0, help="seconds that a service may take to start")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--rounds", type=int, default=1, help="each round starts every side anew; medians are reported")
     parser.add_argument("--single", type=int, default=1000, help="requests at one client")
@@ -65,58 +75,80 @@ def main() -> None:
     arguments = parser.parse_args()
     if shutil.which("wrk") is None:
         raise SystemExit("expected wrk on the PATH; on Debian and Ubuntu: apt-get install wrk")
-    bodies = [json.dumps({"user_id": user, "n": N}) for user in users(arguments)]
-    found: dict[str, list[dict]] = {side: [] for side in arguments.sides}
-    with tempfile.TemporaryDirectory() as folder:
-        Registry(f"{folder}/registry").publish(arguments.bundle)
-        for _ in range(arguments.rounds):
-            for side in arguments.sides:
-                with running(side, folder):
-                    found[side].append(measure(bodies, arguments, is_noop=side.startswith("noop")))
-                print(side, {name: round(value, 2) for name, value in found[side][-1].items()}, flush=True)
-    rows = [
-        {"series": side} | {name: statistics.median(run[name] for run in runs) for name in runs[0]} for side, runs in found.items() if runs
-    ]
-    print(f"\n{'':<12}{'p50 c=1':>10}{'p99 c=1':>10}{'p50 c=8':>10}{'p99 c=8':>10}{'req/s c=32':>12}{'p99 c=32':>10}{'errors':>8}")
+    if not arguments.items and (arguments.bundle is None or arguments.prepared is None):
+        raise SystemExit("expected --bundle and --prepared, or --items")
+    rows, judged, floors = [], [], {}
+    for size in arguments.items or [None]:
+        with tempfile.TemporaryDirectory() as folder:
+            people, count = published(arguments, size, folder)
+            of_size = measure_sides(arguments, people, count, folder, floors)
+        rows += of_size
+        judged += bars({row["series"]: row for row in of_size}, count)
+        floors |= {row["series"]: row for row in of_size if row["series"].startswith("noop")}
+    columns = ("p50 c=1", "p99 c=1", "p50 c=8", "p99 c=8", "p50 open", "p99 open")
+    print(f"\n{'':<12}{'items':>10}{''.join(f'{column:>11}' for column in columns)}{'req/s c=32':>12}{'errors':>8}")
     for row in rows:
+        times = (row[f"{name}_ms"] for name in ("p50", "p99", "c8_p50", "c8_p99", "open_p50", "open_p99"))
         print(
-            f"{row['series']:<12}{row['p50_ms']:>8.2f}ms{row['p99_ms']:>8.2f}ms{row['c8_p50_ms']:>8.1f}ms{row['c8_p99_ms']:>8.1f}ms"
-            f"{row['rps']:>12.0f}{row['c32_p99_ms']:>8.1f}ms{row['errors']:>8.0f}"
+            f"{row['series']:<12}{row['items']:>10,}{''.join(f'{value:>9.2f}ms' for value in times)}"
+            f"{row['per_second']:>12.0f}{row['errors']:>8.0f}"
         )
-    result = {
-        "name": "load",
-        "rows": rows,
-        "bars": bars({row["series"]: row for row in rows}),
-        "figures": {},
-        "about": about(arguments, bodies),
-    }
+    result = {"name": "load", "rows": rows, "bars": judged, "figures": {}, "about": about(arguments)}
     for bar in result["bars"]:
         print(f"{'met' if bar['met'] else 'missed'}  {bar['what']}: {bar['measured']:.2f} ({bar['bar']})")
     if arguments.out:
         storage.write_json(storage.join(arguments.out, "load.json"), result)
 
 
-def bars(rows: dict[str, dict]) -> list[dict]:
+def published(arguments: argparse.Namespace, size: int | None, folder: str) -> tuple[list[str], int]:
+    """Users to ask for and the number of items, once what is to be served stands in the registry of the folder."""
+    registry = Registry(f"{folder}/registry")
+    if size is None:
+        registry.publish(arguments.bundle)
+        return users(arguments), storage.read_table(storage.join(arguments.bundle, ITEMS)).num_rows
+    # In a process of its own: what building takes of memory is given back.
+    build = "import sys, _catalogue as c; n = int(sys.argv[1]); c.build_bundle(n).write(sys.argv[2], manifest=c.manifest(n))"
+    subprocess.run([sys.executable, "-c", build, str(size), f"{folder}/bundle"], check=True, cwd=Path(__file__).parent)
+    registry.publish(f"{folder}/bundle")
+    return _catalogue.user_ids()[:500], size
+
+
+def measure_sides(arguments: argparse.Namespace, people: list[str], items: int, folder: str, floors: dict[str, dict]) -> list[dict]:
+    """A row a side, medians over the rounds; a no-op, which no catalogue changes, is measured with the first one only."""
+    found: dict[str, list[dict]] = {side: [] for side in arguments.sides if side not in floors}
+    for _ in range(arguments.rounds):
+        for side in found:
+            with running(side, folder, arguments.ready_s):
+                found[side].append(measure(people, arguments, is_noop=side.startswith("noop")))
+            print(f"{side}, {items:,} items", {name: round(value, 2) for name, value in found[side][-1].items()}, flush=True)
+    again = [floors[side] | {"items": items} for side in arguments.sides if side in floors]
+    return [
+        {"series": side, "items": items} | {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        for side, runs in found.items()
+    ] + again
+
+
+def bars(rows: dict[str, dict], items: int) -> list[dict]:
     """What the service promises, as ratios inside this run; only for sides that ran."""
     ours, floor, default = rows.get("raysys"), rows.get("noop-1"), rows.get("default")
     found = []
     if ours and floor:
         found.append(("p50 at c=1 against the no-op with one hop", "<= 2.5", ours["p50_ms"] / floor["p50_ms"], 2.5, False))
-        found.append(("throughput at c=32 against it", ">= 0.5", ours["rps"] / floor["rps"], 0.5, True))
+        found.append(("throughput at c=32 against it", ">= 0.5", ours["per_second"] / floor["per_second"], 0.5, True))
     if ours and default:
-        found.append(("throughput against default Serve settings", ">= 2", ours["rps"] / default["rps"], 2.0, True))
+        found.append(("throughput against default Serve settings", ">= 2", ours["per_second"] / default["per_second"], 2.0, True))
     if ours:
         found.append(("p99 at c=8 against its p50", "<= 6", ours["c8_p99_ms"] / ours["c8_p50_ms"], 6.0, False))
         found.append(("errors and degraded answers", "0", ours["errors"] + ours["degraded"], 0.0, False))
     return [
-        {"what": what, "bar": wanted, "measured": value, "met": value >= bound if least else value <= bound}
+        {"what": f"{what}, {items:,} items", "bar": wanted, "measured": value, "met": value >= bound if least else value <= bound}
         for what, wanted, value, bound, least in found
     ]
 
 
-def about(arguments: argparse.Namespace, bodies: list[str]) -> dict:
+def about(arguments: argparse.Namespace) -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    given = {"bundle": arguments.bundle, "users": len(bodies), "rounds": arguments.rounds}
+    given = {"bundle": arguments.bundle or "synthetic", "rounds": arguments.rounds, "open loop": f"{arguments.open_share:g} of c=32"}
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit, **given}
 
 
@@ -133,7 +165,7 @@ def users(arguments: argparse.Namespace) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(side: str, folder: str) -> Iterator[None]:
+def running(side: str, folder: str, ready_s: float) -> Iterator[None]:
     """One side's service, alone on the machine while the block runs."""
     places = {"registry": f"{folder}/registry", **{name: f"{folder}/{side}-{name}" for name in ("events", "state")}}
     for name in ("events", "state"):
@@ -145,7 +177,7 @@ def running(side: str, folder: str) -> Iterator[None]:
     path = Path(folder) / f"{side}.yaml"
     path.write_text(yaml.safe_dump(noop_config(int(side[-1])) if side.startswith("noop") else raysys_config(side)))
     known = {} if side.startswith("noop") else places
-    with running_service(**known, config_path=str(path), port=PORT, fast=side != "default", require_model=bool(known)):
+    with running_service(**known, config_path=str(path), port=PORT, fast=side != "default", require_model=bool(known), ready_s=ready_s):
         yield
 
 
@@ -186,7 +218,8 @@ def uvicorn_service(places: dict[str, str]) -> Iterator[None]:
         process.wait()
 
 
-def measure(bodies: list[str], arguments: argparse.Namespace, *, is_noop: bool) -> dict[str, float]:
+def measure(people: list[str], arguments: argparse.Namespace, *, is_noop: bool) -> dict[str, float]:
+    bodies = [json.dumps({"user_id": user, "n": N}) for user in people]
     single(bodies, 200, is_noop)  # warm
     times, degraded = single(bodies, arguments.single, is_noop)
     figures = {"p50_ms": statistics.median(times), "p99_ms": float(np.quantile(times, 0.99)), "degraded": float(degraded)}
@@ -199,8 +232,15 @@ def measure(bodies: list[str], arguments: argparse.Namespace, *, is_noop: bool) 
         counts = json.loads(get("/v1/models"))["counts"]
         figures["degraded"] += sum(value for name, value in counts.items() if name.startswith("degraded_"))
     figures |= {"c8_p50_ms": eight["p50_ms"], "c8_p99_ms": eight["p99_ms"], "c8_rps": eight["rps"]}
-    figures |= {"rps": many["rps"], "c32_p50_ms": many["p50_ms"], "c32_p99_ms": many["p99_ms"]}
-    return figures | {"requests": len(times) + eight["requests"] + many["requests"], "errors": eight["errors"] + many["errors"]}
+    figures |= {"per_second": many["rps"], "c32_p50_ms": many["p50_ms"], "c32_p99_ms": many["p99_ms"]}
+    rate = arguments.open_share * many["rps"]
+    with Load(PORT, people, n=None if is_noop else N, rate=rate, clients=64) as opened:
+        time.sleep(arguments.seconds)
+    late = [one for one in opened.seen if one.kind not in ("answered", "degraded")]
+    figures |= {"open_per_second": rate, "open_p50_ms": quantile(opened.seen, 0.5), "open_p99_ms": quantile(opened.seen, 0.99)}
+    figures["degraded"] += sum(one.kind == "degraded" for one in opened.seen)
+    requests = len(times) + eight["requests"] + many["requests"] + len(opened.seen)
+    return figures | {"requests": requests, "errors": eight["errors"] + many["errors"] + len(late)}
 
 
 def single(bodies: list[str], count: int, is_noop: bool) -> tuple[list[float], int]:

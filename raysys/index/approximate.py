@@ -105,11 +105,6 @@ def _fewest_probes(
     return enough, reached
 
 
-def set_search_threads(count: int) -> None:
-    """Threads of a search in this process; by default as many as there are cores, which replicas share."""
-    faiss.omp_set_num_threads(count)
-
-
 class InvertedLists:
     """A mapped index; processes that map one file share its pages.
 

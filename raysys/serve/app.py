@@ -15,8 +15,10 @@ from ray.serve import Application, Deployment
 from raysys import storage
 from raysys.errors import ConfigError
 from raysys.events.dead_letters import dead_letter_folder
+from raysys.events.state import StateLimits
 from raysys.pools.config import PoolConfig
 from raysys.serve import deployments
+from raysys.serve.catalogue import CatalogueBounds
 from raysys.serve.models import Compute
 from raysys.serve.rate import Rate
 from raysys.serve.request import MAX_DEADLINE_MS, Budget
@@ -53,11 +55,19 @@ class AppArgs(BaseModel):
     retrieval_ms: int = Field(2000, ge=1, description="retrieval is waited for so long; later, co-visitation and popularity answer")
     ranking_ms: int = Field(1000, ge=1, description="ranking is waited for so long; later, the answer keeps retrieval's order")
     rate_limit: float = Field(0.0, ge=0, description="requests a second of one client and ingress replica; more get 429; 0 for no limit")
+    rate_clients: int = Field(10_000, ge=1, description="clients whose rate a replica remembers; the quietest are forgotten")
     rate_burst: int = Field(20, ge=1, description="requests of one client at once after a quiet time, where there is a rate limit")
     followers: int = Field(
         20, ge=0, le=500, description="co-visited items kept an item in the ingress, for answers without retrieval; 0 for none"
     )
     history_events: int = Field(500, ge=1, le=10_000, description="events kept a user in the online state")
+    seen_items: int = Field(10_000, ge=1, description="items kept a user as seen there; those of longest ago are forgotten")
+    session_days: float = Field(30.0, gt=0, description="days that a session without events is kept there")
+    event_id_days: float = Field(7.0, gt=0, description="days that an event_id is known there, to tell a repeated event")
+    live_items: int = Field(20_000, ge=1, description="items unknown to the model that an ingress replica keeps, and as many deleted ones")
+    filter_masks_mb: int = Field(
+        64, ge=1, description="memory of a replica for masks of filters, a byte an item each; the last asked for stay"
+    )
     pseudonyms: bool = Field(False, description="write keyed hashes instead of user and session ids to the event log")
     dead_letters: str | None = Field(None, description="folder of refused records; default beside a local log, else under RAYSYS_HOME")
 
@@ -86,7 +96,8 @@ def assemble(args: AppArgs, ingress: Deployment, retrieval: Deployment, ranking:
     compute = Compute(args.threads, args.device, args.cached_histories, pools)
     stages = tuple(stage.bind(registry, compute) for stage in (retrieval, ranking)) if args.placement == "apart" else None
     refused = dead_letter_folder(events, args.dead_letters and _location("dead_letters", args.dead_letters))
-    writer = ingestion.options(ray_actor_options=_actor(on_node)).bind(events, state, args.history_events, args.pseudonyms, refused)
+    limits = StateLimits(args.history_events, args.seen_items, args.session_days * 86_400, args.event_id_days * 86_400)
+    writer = ingestion.options(ray_actor_options=_actor(on_node)).bind(events, state, limits, args.pseudonyms, refused)
     return ingress.options(ray_actor_options=_actor(on_node)).bind(
         registry,
         state,
@@ -94,9 +105,10 @@ def assemble(args: AppArgs, ingress: Deployment, retrieval: Deployment, ranking:
         writer,
         compute=compute,
         max_in_flight=args.max_in_flight,
-        rate=Rate(args.rate_limit, args.rate_burst),
+        rate=Rate(args.rate_limit, args.rate_burst, args.rate_clients),
         budget=Budget(args.deadline_ms / 1000, args.retrieval_ms / 1000, args.ranking_ms / 1000),
         followers=args.followers,
+        bounds=CatalogueBounds(args.live_items, args.filter_masks_mb << 20),
     )
 
 

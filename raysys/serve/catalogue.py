@@ -5,6 +5,7 @@ Legend: N items of the bundle, M live items (unknown to the bundle).
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,14 +19,20 @@ from raysys.events.state import ItemState
 from raysys.features.text import TextEncoder, item_text
 from raysys.schema import ITEM_ID, ITEM_IDX
 
-MAX_LIVE = 20_000
-"""Items beyond the bundle that are kept in memory and scored by content; the newest win."""
-FILTER_CACHE = 256
-"""Filter masks kept, least recently used go first."""
 HIDDEN_COLUMNS = frozenset({ITEM_IDX, "num_train", "image", "audio"})
 OPERATORS = ("equals", "in", "any", "range", "not")
 
 Rule = Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class CatalogueBounds:
+    """What a catalogue keeps in memory beside the bundle's own items."""
+
+    live_items: int = 20_000
+    """Items unknown to the bundle that can be recommended, by content, and as many that were deleted; those of the latest changes stay."""
+    masks_bytes: int = 64 << 20
+    """Masks of filters that were asked for, a byte an item each; those asked for last stay, one at least."""
 
 
 class Catalogue:
@@ -34,20 +41,25 @@ class Catalogue:
     Args:
         items: the bundle's table, row = item row; may be empty.
         encode: text of live items -> (M, D) float32 unit vectors; None without content vectors.
+        bounds: of what is kept.
     """
 
-    def __init__(self, items: pa.Table, encode: Callable[[list[dict]], np.ndarray] | None = None):
-        self.items, self._encode = items, encode
+    def __init__(self, items: pa.Table, encode: Callable[[list[dict]], np.ndarray] | None = None, bounds: CatalogueBounds | None = None):
+        self.items, self._encode, self.bounds = items, encode, bounds or CatalogueBounds()
         self.item_ids: list[str] = items[ITEM_ID].to_pylist()
         self.index = {item_id: row for row, item_id in enumerate(self.item_ids)}
         self.columns = [name for name in items.column_names if name not in HIDDEN_COLUMNS and not name.endswith("_embedding")]
         self.sequence = 0
         self.overlay: dict[str, ItemState] = {}
         self.live: dict[str, np.ndarray | None] = {}
+        self._gone: dict[str, None] = {}  # neither of the bundle nor live: deleted, or not available
+        self._forgot = False  # whether a change of an item unknown to the bundle was dropped from memory
+        self._changed_names: set[str] = set()
         available = items["available"].fill_null(True).to_numpy() if "available" in items.column_names else np.ones(len(self.item_ids))
         self.available = available.astype(bool)
         self._masks: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self.masks_made = 0
+        self._codes: dict[str, tuple[np.ndarray, list[Any]]] = {}  # of columns that were filtered by; 4 bytes an item each
 
     def apply(self, changes: Iterable[tuple[str, ItemState]]) -> None:
         """Take in item changes in their order."""
@@ -55,20 +67,28 @@ class Catalogue:
         for item_id, state in changes:
             self.sequence = max(self.sequence, state.sequence)
             self.overlay[item_id] = state
+            self._changed_names.update(state.attributes)
             usable = not state.deleted and self.attributes(item_id).get("available") is not False
             row = self.index.get(item_id)
             if row is not None:
                 self.available[row] = usable
-            elif usable:
+                continue
+            self.live.pop(item_id, None)  # and again at the end: in the order of changes
+            self._gone.pop(item_id, None)
+            if usable:
                 self.live[item_id] = None
                 fresh.append(item_id)
             else:
-                self.live.pop(item_id, None)
+                self._gone[item_id] = None
+        fresh = list(dict.fromkeys(item_id for item_id in fresh if item_id in self.live))[-self.bounds.live_items :]
         if fresh and self._encode is not None:
             for item_id, vector in zip(fresh, self._encode([self.attributes(item_id) for item_id in fresh]), strict=True):
                 self.live[item_id] = vector
-        while len(self.live) > MAX_LIVE:
-            self.live.pop(next(iter(self.live)))
+        for kept in (self.live, self._gone):
+            while len(kept) > self.bounds.live_items:
+                oldest = next(iter(kept))
+                del kept[oldest], self.overlay[oldest]  # type: ignore[attr-defined]
+                self._forgot = True
         self._masks.clear()
         self.__dict__.pop("live_matrix", None)
 
@@ -89,7 +109,9 @@ class Catalogue:
         if row is not None:
             return bool(self.available[row])
         state = self.overlay.get(item_id)
-        return state is None or (not state.deleted and self.attributes(item_id).get("available") is not False)
+        if state is None:
+            return not self._forgot  # it may be one of those that were deleted
+        return not state.deleted and self.attributes(item_id).get("available") is not False
 
     def attributes(self, item_id: str) -> dict[str, Any]:
         """All attributes of an item, without nulls; empty for an unknown or deleted one."""
@@ -130,17 +152,33 @@ class Catalogue:
         compiled = self.compile(rules)
         mask = np.ones(len(self.item_ids), bool)
         for name, rule in compiled.items():
-            values = self.items[name].to_pylist() if name in self.items.column_names else [None] * len(mask)
-            mask &= np.fromiter((rule(value) for value in values), bool, len(mask))
+            codes, values = self._distinct(name)
+            mask &= np.fromiter((rule(value) for value in values), bool, len(values))[codes]
         for item_id in self.overlay:
             row = self.index.get(item_id)
             if row is not None:
                 mask[row] = self.matches(item_id, compiled)
         self._masks[key] = mask
         self.masks_made += 1
-        if len(self._masks) > FILTER_CACHE:
+        while len(self._masks) > max(1, self.bounds.masks_bytes // max(1, len(mask))):
             self._masks.popitem(last=False)
         return mask
+
+    def _distinct(self, name: str) -> tuple[np.ndarray, list[Any]]:
+        """(N,) codes of a column's values, and the value of each code: a rule is asked once a distinct value, not once an item."""
+        if name not in self.items.column_names:
+            return np.zeros(len(self.item_ids), np.int32), [None]
+        if name not in self._codes:
+            column = self.items[name]
+            if pa.types.is_nested(column.type):
+                places: dict[bytes, int] = {}
+                keys = (orjson.dumps(value, option=orjson.OPT_SORT_KEYS) for value in column.to_pylist())
+                codes = np.fromiter((places.setdefault(key, len(places)) for key in keys), np.int32, len(column))
+                self._codes[name] = codes, [orjson.loads(key) for key in places]
+            else:
+                encoded = pa.concat_arrays(column.chunks).dictionary_encode(null_encoding="encode")
+                self._codes[name] = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+        return self._codes[name]
 
     def matches(self, item_id: str, compiled: dict[str, Rule]) -> bool:
         """Whether one item satisfies compiled rules."""
@@ -153,9 +191,9 @@ class Catalogue:
         Raises:
             SchemaError: see `filter_mask`.
         """
-        names = set(self.columns) | {name for state in self.overlay.values() for name in state.attributes}
         for name in rules:
-            if name not in names:
+            if name not in self.columns and name not in self._changed_names:
+                names = {*self.columns, *self._changed_names}
                 raise SchemaError(f"filter: expected an attribute of the items ({', '.join(sorted(names))[:300]}), got {name!r}")
         return {name: _compile(rule, f"filter.{name}") for name, rule in rules.items()}
 

@@ -24,7 +24,7 @@ from raysys.events.state import StateLimits, open_state
 from raysys.events.store import EventStore
 from raysys.queries import Queries
 from raysys.registry import Registry
-from raysys.serve.catalogue import Catalogue, live_encoder
+from raysys.serve.catalogue import Catalogue, CatalogueBounds, live_encoder
 from raysys.serve.exporter import Exporter
 from raysys.serve.http import create_app
 from raysys.serve.metrics import Metrics
@@ -108,14 +108,13 @@ class Ingestion:
     Args:
         events: URI of the log.
         state: URI of the state.
-        max_events: events kept a user.
+        limits: bounds of the state.
         pseudonyms: write keyed hashes instead of user ids to the log.
         dead_letters: folder of refused records.
     """
 
-    def __init__(self, events: str, state: str, max_events: int, pseudonyms: bool, dead_letters: str):
-        log, limits = open_log(events, writable=True), StateLimits(max_events=max_events)
-        self._store = EventStore(log, open_state(state, limits), pseudonyms=pseudonyms)
+    def __init__(self, events: str, state: str, limits: StateLimits, pseudonyms: bool, dead_letters: str):
+        self._store = EventStore(open_log(events, writable=True), open_state(state, limits), pseudonyms=pseudonyms)
         self._dead_letters = DeadLetters(dead_letters)
 
     async def write(self, records: list[Record]) -> list[bool]:
@@ -201,6 +200,7 @@ class Ingress:
         rate: what one client may do.
         budget: time limits of a request.
         followers: kept an item for answers without retrieval.
+        bounds: of what is kept about items in memory.
     """
 
     def __init__(
@@ -215,11 +215,12 @@ class Ingress:
         rate: Rate,
         budget: Budget,
         followers: int,
+        bounds: CatalogueBounds,
     ):
         self._registry = Registry(registry)
         self._registry_uri = registry
         self._problem: str | None = None
-        self._max_in_flight, self._rate, self._followers = max_in_flight, rate, followers
+        self._max_in_flight, self._rate, self._followers, self._bounds = max_in_flight, rate, followers, bounds
         self._writer = HandleWriter(ingestion)
         metrics = Metrics()
         # Where the stages are apart the ingress holds no models that compute, and no GPU was given to it.
@@ -291,7 +292,7 @@ class Ingress:
                 bundle = Bundle.open(
                     self._registry.bundle_uri(pointer.version), only=("content", "covisit") if self._followers else ("content",)
                 )
-            catalogue = Catalogue(bundle.items, live_encoder(bundle))
+            catalogue = Catalogue(bundle.items, live_encoder(bundle), self._bounds)
             catalogue.apply(self._recommender.state.items_since(0))
             if self._models is None and current is not None:
                 # Retrieval and ranking poll at the same pace; give them the time to load before naming the version to them.

@@ -28,6 +28,8 @@ from raysys.serve.keys import FILE_VARIABLE, KEY_VARIABLE, keys_are_set
 from raysys.serve.settings import FAST_SETTINGS
 
 READY_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 1800.0
+"""Of `raysys serve`: the first start over a million items builds an index, which takes minutes. A service that ends is noticed at once."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MARKER = "RAYSYS_SERVICE"
 PRIVATE_CLUSTER = {
@@ -64,7 +66,15 @@ def launch(
     # A shell that starts this in the background has SIGINT ignored, and every child would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with running_service(
-        registry=registry, events=events, state=state, host=host, port=port, config_path=config_path, insecure=insecure, require_model=False
+        registry=registry,
+        events=events,
+        state=state,
+        host=host,
+        port=port,
+        config_path=config_path,
+        insecure=insecure,
+        require_model=False,
+        ready_s=START_TIMEOUT_S,
     ) as base_url:
         print(f"raysys serves at {base_url} (API: {base_url}/docs); Ctrl-C stops it", flush=True)
         ready = _health(f"{base_url}/health/ready")
@@ -90,6 +100,7 @@ def running_service(
     insecure: bool = False,
     fast: bool = True,
     require_model: bool = True,
+    ready_s: float = READY_TIMEOUT_S,
 ) -> Iterator[str]:
     """A service on a Ray cluster of its own, as a base URL, while the block runs.
 
@@ -106,6 +117,7 @@ def running_service(
         insecure: allow another host than loopback without an API key.
         fast: set the fast settings (a benchmark turns them off).
         require_model: wait until a model is loaded, not only until it answers.
+        ready_s: seconds that is waited for.
 
     Raises:
         ConfigError: see `launch`.
@@ -140,7 +152,7 @@ def running_service(
             )
         base_url = f"http://{http['host'] if http['host'] != '0.0.0.0' else '127.0.0.1'}:{http['port']}"
         try:
-            _wait(base_url, process, log_path, "ready" if require_model else "live")
+            _wait(base_url, process, log_path, "ready" if require_model else "live", ready_s)
             yield base_url
         finally:
             _stop(process, http["port"], f"{MARKER}={token}".encode())
@@ -155,8 +167,8 @@ def _serve_config(path: str | None) -> dict[str, Any]:
     return config.read_yaml(str(beside))
 
 
-def _wait(base_url: str, process: subprocess.Popen, log_path: Path, wanted: str) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
+def _wait(base_url: str, process: subprocess.Popen, log_path: Path, wanted: str, ready_s: float) -> None:
+    deadline = time.monotonic() + ready_s
     path = "/health/ready" if wanted == "ready" else "/health/live"
     reason = "no answer"
     while time.monotonic() < deadline:
@@ -166,7 +178,7 @@ def _wait(base_url: str, process: subprocess.Popen, log_path: Path, wanted: str)
         if reason == wanted:
             return
         time.sleep(0.2)
-    raise RaysysError(f"the service did not become {wanted} within {READY_TIMEOUT_S:.0f} s ({reason}); end of its log:\n{_tail(log_path)}")
+    raise RaysysError(f"the service did not become {wanted} within {ready_s:.0f} s ({reason}); end of its log:\n{_tail(log_path)}")
 
 
 def _health(url: str) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from raysys.bundle import MODEL_CLASSES, Bundle
 from raysys.errors import ConfigError
-from raysys.index.approximate import set_search_threads
 from raysys.models.base import Candidates
 from raysys.pipeline import Pipeline
 from raysys.pools.config import PoolConfig
@@ -44,7 +44,7 @@ class Compute:
     """How a replica computes."""
 
     threads: int = 1
-    """Threads of torch and of a search in an index."""
+    """Threads of torch, of NumPy's products and of a search in an index."""
     device: str = "cpu"
     """`cpu`, `cuda`, or `auto`; see `device_of`."""
     cached_histories: int = 20_000
@@ -65,7 +65,7 @@ class Models:
 
     def __init__(self, registry: str, compute: Compute, metrics: Metrics, only: tuple[str, ...] | None = None):
         torch.set_num_threads(compute.threads)
-        set_search_threads(compute.threads)
+        threadpool_limits(compute.threads)
         self.registry, self._compute, self._metrics, self._only = Registry(registry), compute, metrics, only
         self._device = device_of(compute.device)
         self._loaded: OrderedDict[str, Pipeline] = OrderedDict()

@@ -22,7 +22,7 @@ import pyarrow as pa
 from raysys.bundle import Bundle
 from raysys.errors import StateError
 from raysys.events.state import UserState
-from raysys.models.base import Candidates
+from raysys.models.base import Candidates, top_k
 from raysys.pipeline import LIVE_MAX_SHARE, live_ranks
 from raysys.queries import Queries
 from raysys.schema import HistoryEvent
@@ -281,13 +281,13 @@ class Recommender:
         if version is None or vector is None or version.bundle.content_vectors is None:
             return await self.recommend(body, deadline)
         ids, live_vectors = self.catalogue.live_matrix
-        rows = np.flatnonzero(version.catalogue.available)
-        scores = np.concatenate([version.bundle.content_vectors[rows].astype(np.float32) @ vector, live_vectors @ vector])
-        names = [*(version.catalogue.item_ids[row] for row in rows), *ids]
+        known = np.where(version.catalogue.available, version.bundle.content_vectors @ vector, -np.inf)
+        scores, names = np.concatenate([known, live_vectors @ vector]), version.catalogue.item_ids
         ranked = Ranked("content")
-        for at in np.argsort(-scores, kind="stable")[: n + 1]:
-            if names[at] != item_id and scores[at] > 0:
-                ranked.append(names[at], rows[at] if at < len(rows) else -1, "content", round(float(scores[at]), 6))
+        for at in top_k(scores[None, :], n + 1)[0].tolist():
+            name, row = (names[at], at) if at < len(names) else (ids[at - len(names)], -1)
+            if name != item_id and scores[at] > 0:
+                ranked.append(name, row, "content", round(float(scores[at]), 6))
         return self._answer(body, ranked, stages, strategy="session", lack=None)
 
     def held_about(self, user_id: str) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from raysys.serve.launch import running_service
 from tests import planted
 from tests.planted import cluster_of
 from tests.ray.test_serve import gcs_address
-from tests.service import apart_config, call, free_port, replica_pids
-from tests.shifted_clock import ShiftedClock
+from tests.service import apart_config, call, free_port, published, replica_pids
 from tests.traffic import Traffic
 
 ROOT = Path(__file__).parents[2]
@@ -31,12 +30,6 @@ def two_ingresses(folder: Path, **args) -> str:
     path = folder / f"two-{len(list(folder.glob('two-*')))}.json"
     path.write_text(json.dumps(values))
     return str(path)
-
-
-def published(folder: Path, bundle: str) -> dict[str, str]:
-    registry = str(folder / "registry")
-    Registry(registry).publish(bundle)
-    return {"registry": registry, "events": str(folder / "events"), "state": str(folder / "state")}
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +137,31 @@ def test_a_damaged_version_is_not_taken_and_the_one_before_answers_on(base_url, 
     assert models["current"] == before and {one.body["model_version"] for one in traffic.seen} == {before}
 
 
+def test_a_rollback_keeps_what_follows_the_last_items(base_url, places, tmp_path):
+    """The ingress opens a bundle of its own for that, also of a version that it served before."""
+    registry = Registry(places["registry"])
+    before = registry.current().version
+    planted.build_bundle(seed=7).write(str(tmp_path / "next"), manifest=planted.manifest())
+    with Traffic(base_url, clients=8) as traffic:
+        traffic.wait_until_sound()
+        version = registry.publish(str(tmp_path / "next")).version
+        traffic.wait_until(lambda seen: all_of(seen[-20:], version), since=time.monotonic())
+        assert registry.rollback().version == before
+        traffic.wait_until(lambda seen: all_of(seen[-20:], before), since=time.monotonic())
+        stopped = hang("Retrieval", 5)
+        meanwhile = [one.body for one in traffic.since(stopped) if one.degraded]
+        traffic.wait_until_sound()
+    registry.publish(registry.bundle_uri(before), unpin=True)  # for whoever publishes next
+    assert traffic.statuses() == {200}
+    assert len(meanwhile) > 5 and {body["model_version"] for body in meanwhile} == {before}
+    assert {source for body in meanwhile for item in body["items"] for source in item["sources"]} >= {"covisit"}
+
+
+def all_of(seen, version: str) -> bool:
+    """Whether both ingress replicas, by twenty answers, have taken a version."""
+    return len(seen) == 20 and all(one.body.get("model_version") == version and not one.degraded for one in seen)
+
+
 def test_a_deploy_under_load_fails_no_request(base_url, places, tmp_path, own_home):
     """Other arguments, so every replica is replaced: the new ones answer before the old ones go."""
     with Traffic(base_url) as traffic:
@@ -170,89 +188,3 @@ def test_a_deploy_under_load_fails_no_request(base_url, places, tmp_path, own_ho
             deploy.wait()
     failed = [one for one in traffic.seen if one.status != 200]
     assert not failed, f"{len(failed)} of {len(traffic.seen)}: {failed[:3]}"
-
-
-def test_redis_killed_and_back(tmp_path, planted_bundle):
-    from tests.redis_process import RedisProcess
-
-    server = RedisProcess(tmp_path / "redis")
-    places = published(tmp_path, planted_bundle) | {name: f"{server.uri}?prefix={name}" for name in ("events", "state")}
-    event = {"user_id": "u", "item_id": "item-001"}
-    try:
-        with running_service(**places, port=free_port()) as url, Traffic(url) as traffic:
-            traffic.wait_until_sound()
-            assert call(url, "POST", "/v1/events", {**event, "event_id": "before"})[1]["accepted"] == 1
-            killed = time.monotonic()
-            server.kill()
-            worse = traffic.wait_until(lambda seen: sum(one.degraded for one in seen) > 20, since=killed)
-            status, body = call(url, "POST", "/v1/events", {**event, "event_id": "lost?"})
-            server.start()
-            traffic.wait_until_sound()
-            again = call(url, "POST", "/v1/events", {**event, "event_id": "before"})[1]
-            held = call(url, "GET", "/v1/users/u")[1]["events"]
-    finally:
-        server.stop()
-    assert traffic.statuses() == {200}
-    assert {one.reason for one in worse if one.degraded} == {"state cannot be read (StateError)"}
-    assert status == 503 and body["error"]["type"] == "state_unavailable"
-    assert again["duplicates"] == 1 and len(held) >= 1
-
-
-def test_full_disk_refuses_writes_and_answers_on(tmp_path, planted_bundle):
-    if os.geteuid() != 0:
-        pytest.skip("a size-limited tmpfs needs root")
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(small)], capture_output=True).returncode:
-        pytest.skip("no tmpfs can be mounted here")
-    try:
-        places = published(tmp_path, planted_bundle) | {"events": str(small / "events")}
-        with running_service(**places, port=free_port()) as url, Traffic(url) as traffic:
-            traffic.wait_until_sound()
-            assert call(url, "POST", "/v1/events", {"user_id": "u", "item_id": "item-001"})[1]["accepted"] == 1
-            filler = small / "filler"
-            with filler.open("wb") as file:
-                try:
-                    while file.write(b"x" * 65536):
-                        file.flush()
-                except OSError:
-                    pass
-            full = time.monotonic()
-            big = {"user_id": "u", "item_id": "item-002", "event_id": "e-2", "properties": {"filler": "x" * 50_000}}
-            status, body = call(url, "POST", "/v1/events", big)
-            traffic.wait_until(lambda seen: len(seen) > 50, since=full)
-            filler.unlink()
-            deadline = time.monotonic() + 30
-            while call(url, "POST", "/v1/events", big)[0] != 200:
-                assert time.monotonic() < deadline
-                time.sleep(0.5)
-            held = [event["item_id"] for event in call(url, "GET", "/v1/users/u")[1]["events"]]
-        assert status == 503 and body["error"]["type"] == "state_unavailable" and "No space left" in body["error"]["message"]
-        assert traffic.statuses() == {200} and not [one for one in traffic.seen if one.degraded]
-        assert held == ["item-001", "item-002"]
-    finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)
-
-
-def test_the_clock_jumps_an_hour_back_and_a_day_ahead(tmp_path, planted_bundle, monkeypatch):
-    """The wall clock of every process of the service; what is measured by the monotonic clock goes on."""
-    clock = ShiftedClock(tmp_path)
-    for name, value in clock.environment.items():
-        monkeypatch.setenv(name, value)
-    places = published(tmp_path, planted_bundle)
-    with running_service(**places, port=free_port()) as url:
-        for name in clock.environment:
-            monkeypatch.delenv(name)
-        with Traffic(url) as traffic:
-            traffic.wait_until_sound()
-            for at, jump in enumerate((-3600, 86_400, 0)):
-                clock.shift(jump)
-                jumped = time.monotonic()
-                event = {"user_id": f"jumper-{at}", "item_id": "item-070", "event": "view"}
-                assert call(url, "POST", "/v1/events", event)[1]["accepted"] == 1
-                answer = call(url, "POST", "/v1/recommend", {"user_id": f"jumper-{at}", "n": 5})[1]
-                assert answer["strategy"] == "personalized" and "item-070" not in [item["item_id"] for item in answer["items"]]
-                traffic.wait_until(lambda seen: len(seen) > 100, since=jumped)
-            stamps = [call(url, "GET", f"/v1/users/jumper-{at}")[1]["events"][0]["timestamp"] for at in range(3)]
-    assert traffic.statuses() == {200} and not [one for one in traffic.seen if one.degraded]
-    assert stamps[2] - stamps[0] == pytest.approx(3600, abs=120) and stamps[1] - stamps[2] == pytest.approx(86400, abs=120)

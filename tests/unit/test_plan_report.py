@@ -40,6 +40,16 @@ def test_one_page_with_bars_rows_and_plots(tmp_path):
     assert all(f"({name})" in text for name in pictures)
 
 
+def test_another_title_and_a_picture_of_the_benchmark_itself(tmp_path):
+    moments = [{"series": "timeline", "s": second, "rps": 777.0} for second in range(3)]
+    write(tmp_path, rows=[*ROWS, *moments])
+    (tmp_path / "prepare.png").write_bytes(b"a picture")
+    page = Path(REPORT["write_report"](str(tmp_path), str(tmp_path / "out"), hardware="toy", date="2026-01-02", title="Serving"))
+    text = page.read_text()
+    assert text.startswith("# Serving, toy, 2026-01-02\n") and "777" not in text and "| ours | 1,000 |" in text
+    assert "(toy_2026-01-02_prepare.png)" in text and (page.parent / "toy_2026-01-02_prepare.png").read_bytes() == b"a picture"
+
+
 def test_a_curve_needs_two_sizes_and_takes_the_first_that_varies():
     assert REPORT["curves_of"](ROWS, "seconds") == {("ours", "events"): [(1000, 1.5), (10_000, 9.5)]}
     by_workers = [{"series": "a", "events": 5, "workers": number, "seconds": 1.0} for number in (2, 1)]
