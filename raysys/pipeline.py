@@ -136,10 +136,12 @@ class Pipeline:
         if self.content is None:
             return Retrieved(candidates, None, None)
         profiles = self.content.user_vectors(queries)
-        similar = _masked(profiles @ self.content.item_vectors.T, -1.0, allowed, blocked)
-        most = min(LIVE_MAX_RANK, similar.shape[1])
-        affinity = -np.sort(-np.partition(similar, similar.shape[1] - most, axis=1)[:, -most:], axis=1)
-        return Retrieved(candidates, profiles, affinity)
+        # Where content is a source the order is known already; the product with all items is not done twice.
+        near = log_probs["content"].copy() if "content" in log_probs else profiles @ self.content.item_vectors.T
+        near = _masked(near, -np.inf, allowed, blocked)
+        closest = top_k(near, LIVE_MAX_RANK)
+        affinity = np.einsum("bd,bkd->bk", profiles, self.content.item_vectors[closest])
+        return Retrieved(candidates, profiles, np.where(np.isfinite(np.take_along_axis(near, closest, 1)), affinity, np.float32(-1.0)))
 
     def candidates_of(self, queries: Queries, items: np.ndarray, *, log_probs: dict[str, np.ndarray] | None = None) -> Candidates:
         """Given items as candidates, with what retrieval says about them.
