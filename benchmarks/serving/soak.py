@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--publish-s", type=float, default=60.0, help="seconds between versions")
     parser.add_argument("--peak-s", type=float, default=20.0, help="seconds of the measurement of the peak")
     parser.add_argument("--clients", type=int, default=32, help="while the peak is measured; twice as many wait for their time afterwards")
+    parser.add_argument("--ready-s", type=float, default=600.0, help="seconds that the service may take to start")
     parser.add_argument("--out", default="runs/serving", help="folder of the JSON and the plot")
     arguments = parser.parse_args()
     if (arguments.bundle is None) != (arguments.prepared is None):
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> dict:
         path = Path(folder) / "soak.yaml"
         path.write_text(yaml.safe_dump(service_config()))
         places = {name: f"{folder}/{name}" for name in ("registry", "events", "state")}
-        with running_service(**places, config_path=str(path), port=PORT):
+        with running_service(**places, config_path=str(path), port=PORT, ready_s=arguments.ready_s):
             del os.environ[MARK]
             items = [str(item) for item in bundle.items["item_id"].to_pylist()[:2000]]
             peak = closed_loop(arguments, users, items)

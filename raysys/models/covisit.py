@@ -15,7 +15,7 @@ from scipy import sparse
 
 from raysys.errors import SchemaError
 from raysys.models.base import Arrays, Meta
-from raysys.models.neighbours import faded_history, strongest, summed
+from raysys.models.neighbours import faded_history, strongest
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
 
@@ -173,11 +173,11 @@ class Covisitation:
 
     def scores(self, queries: Queries) -> np.ndarray:
         """(B, N) float32 `sums`, zeros spelt out."""
-        return (self._history(queries) @ self.matrix).toarray().astype(np.float32, copy=False)
+        return self.sums(queries).toarray().astype(np.float32, copy=False)
 
     def sums(self, queries: Queries) -> sparse.csr_array:
         """(B, N) CSR float32 sum over the history of decayed similarity; 0 where nothing is known."""
-        return summed(self._history(queries), self.matrix)
+        return self._history(queries) @ self.matrix
 
     def contributions(self, query: Queries, items: np.ndarray) -> np.ndarray:
         """The history item that contributed most to each item's score.

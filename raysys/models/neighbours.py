@@ -31,25 +31,6 @@ def faded_history(queries: Queries, weights: np.ndarray, *, decay: float, longes
     return history
 
 
-def summed(history: sparse.csr_array, matrix: sparse.csr_array) -> sparse.csr_array:
-    """(B, N) CSR float32 sum over each history of its items' rows of the matrix; what is not stored is 0.
-
-    The product of two sparse matrices, but SciPy's clears work arrays of N numbers for it: at a million items that is most of a request.
-    """
-    lengths = np.diff(matrix.indptr)[history.indices]
-    firsts = np.cumsum(lengths) - lengths
-    take = np.arange(lengths.sum()) + np.repeat(matrix.indptr[history.indices] - firsts, lengths)
-    rows = np.repeat(np.repeat(np.arange(history.shape[0]), np.diff(history.indptr)), lengths)
-    keys = rows * np.int64(matrix.shape[1]) + matrix.indices[take]
-    order = np.argsort(keys, kind="stable")
-    keys, shares = keys[order], (matrix.data[take] * np.repeat(history.data, lengths))[order]
-    starts = np.flatnonzero(np.diff(keys, prepend=-1))
-    sums = np.add.reduceat(shares, starts) if len(starts) else shares
-    rows, columns = np.divmod(keys[starts], matrix.shape[1])
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=history.shape[0]))])
-    return sparse.csr_array((sums, columns, indptr), shape=(history.shape[0], matrix.shape[1]))
-
-
 def strongest(history: sparse.csr_array, matrix: sparse.csr_array, items: np.ndarray) -> np.ndarray:
     """The history item that contributed most to each item's sum.
 

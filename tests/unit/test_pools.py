@@ -135,16 +135,6 @@ def test_every_source_says_which_kind_it_is(bundle):
     }
 
 
-@pytest.mark.parametrize("name", ["covisit", "linear"])
-def test_sparse_sums_are_the_scores(bundle, name):
-    model = bundle.models[name]
-    batch = Queries.stack([bundle.histories.sample(20), Queries.from_lists([[], [0, 1, 0], [N - 1]])])
-    sums = model.sums(batch)
-    assert sums.has_sorted_indices and sums.shape == (23, N)
-    np.testing.assert_allclose(sums.toarray(), model.scores(batch), rtol=1e-4, atol=1e-5)
-    assert model.sums(Queries.from_lists([[]])).nnz == 0
-
-
 def test_pools_answer_as_scoring_everything_does(dense, pooled, queries):
     """The test that decides: overlap of the first 20 and the largest difference of log-probabilities."""
     assert dense.pools is None and pooled.pools is not None
