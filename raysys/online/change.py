@@ -2,10 +2,12 @@
 
 A fall of the hit rate alone proves nothing: on MovieLens-100k, whose tastes stand
 still, it goes from .33 to .11 from one block of 500 events to the next, because other
-people come. What proves a change is that a source which has seen nothing but the
-first parts of a round predicts the rest of it better than the same source with everything it
-has ever counted. Such a source then starts anew, what came before is no
-longer replayed, and nobody whose last event came before is asked about an update.
+people come. Two things prove a change after a fall. One is that a source which has
+counted nothing but the first parts of a round predicts the rest of it better than
+the same source with all that it has ever counted; such a source then starts anew. The other
+is that an update which has learnt boldly from the older events of a round
+predicts the newest ones better than the serving version. After a proven change
+what came before it is no longer replayed.
 """
 
 import dataclasses
@@ -71,6 +73,12 @@ def has_fallen(level: float | None, hits: np.ndarray, fall: float) -> bool:
     return bool(rate + 2 * error < (1 - fall) * level)
 
 
+def is_better(new: np.ndarray, old: np.ndarray) -> bool:
+    """Whether a figure of the same events, (Q,) each, is larger beyond two standard errors of the difference."""
+    gain = new - old
+    return len(gain) > 1 and bool(gain.mean() > 2 * gain.std() / np.sqrt(len(gain)))
+
+
 def outdated(bundle: Bundle, sequences: Sequences, arrival: np.ndarray, positions: np.ndarray) -> tuple[str, ...]:
     """The counting sources that would predict new events better had they counted nothing before them.
 
@@ -81,8 +89,11 @@ def outdated(bundle: Bundle, sequences: Sequences, arrival: np.ndarray, position
         bundle: the serving version.
         sequences: histories with new events.
         arrival: (E,) place of a new event among all new ones in time order, -1 for others.
-        positions: (V,) flat positions of new events, in that order, each with a history.
+        positions: (V,) flat positions of new events, in that order; those without a history say nothing.
     """
+    positions = positions[positions > sequences.indptr[sequences.rows[positions]]]
+    if not len(positions):
+        return ()
     names = [name for name in COUNTING if name in bundle.models]
     both = {**{name: bundle.models[name] for name in names}, **{f"{name}, anew": bundle.models[name].emptied() for name in names}}
     ranks: dict[str, list[np.ndarray]] = {name: [] for name in both}

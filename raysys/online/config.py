@@ -41,11 +41,11 @@ class OnlineConfig:
     """Relative fall of the serving versions' hit rate, beyond two standard errors, after which it is asked whether tastes have changed."""
     young_events: int = 5000
     """After a proven change the three settings below hold for so many events, and nobody is an anchor."""
-    young_lr: float = 2e-3
-    """`lr` then."""
+    young_lr: float = 4e-3
+    """`lr` then; item vectors stay as they are."""
     young_epochs: int = 10
     """`epochs` then (0 `epochs` still leave the encoder as it is)."""
-    young_batch_size: int = 32
+    young_batch_size: int = 64
     """`batch_size` then."""
     max_evaluated: int = 2000
     """Newest events scored in a round at most."""
