@@ -131,7 +131,7 @@ class _World:
     Attributes:
         cluster: (N,) of every item. successor: (C,) cluster that tends to follow.
         members: (N,) items ordered by cluster. cumulative: (N,) their cumulative weight within the cluster, plus the cluster.
-        successor_after: (C,) the same as `successor` for events from `flip_time` on, UTC epoch seconds; None for never.
+        successor_after: (C,) the same for events from `flip_time` on, UTC epoch seconds; None for never.
     """
 
     cluster: np.ndarray
@@ -155,9 +155,7 @@ class _World:
         shuffled = np.random.default_rng([seed, 0]).permutation(clusters)
         successor = np.empty(clusters, np.int64)
         successor[shuffled] = np.roll(shuffled, -1)
-        # The same round the other way: with more than two clusters no cluster keeps its successor.
-        after = np.empty(clusters, np.int64)
-        after[shuffled] = np.roll(shuffled, 1)
+        after = _other_cycle(successor, np.random.default_rng([seed, 3])) if flip else successor
         flip_time = int(START + flip * SPAN_S) if flip else None
         return cls(cluster, successor, np.concatenate(members), np.concatenate(cumulative), after, flip_time)
 
@@ -173,6 +171,21 @@ class _World:
         found = np.searchsorted(self.cumulative, picked + uniform, side="right")
         last = np.searchsorted(self.cumulative, picked + 1.0 - 1e-12)
         return self.members[np.minimum(found, last)]
+
+
+def _other_cycle(successor: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(C,) a cycle through all clusters in which none has the successor that it had, nor, where there is room, the predecessor."""
+    clusters, predecessor = len(successor), np.argsort(successor)
+    if clusters < 3:
+        raise ConfigError(
+            f"import synthetic: expected more than 2 clusters of items for a flip, got {clusters}; more items make more clusters"
+        )
+    while True:
+        shuffled = rng.permutation(clusters)
+        after = np.empty(clusters, np.int64)
+        after[shuffled] = np.roll(shuffled, -1)
+        if (after != successor).all() and (clusters < 6 or (after != predecessor).all()):
+            return after
 
 
 @dataclass(frozen=True)

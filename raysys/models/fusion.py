@@ -89,6 +89,7 @@ def choose_fusion(
     cutoff: int = 10,
     keep: int = 100,
     chunk: int = 256,
+    min_gain: float = MIN_GAIN,
 ) -> tuple[Fusion, dict]:
     """Sources, weights and temperatures that maximise NDCG on validation queries, by greedy forward selection.
 
@@ -103,6 +104,7 @@ def choose_fusion(
         cutoff: k of NDCG@k.
         keep: best items a source that are looked at.
         chunk: queries at once.
+        min_gain: NDCG that a source must add to be used; more where there are few queries.
 
     Returns:
         The fusion, and the report of `judge_fusion` on the same queries.
@@ -123,7 +125,7 @@ def choose_fusion(
     starts |= {(strongest, factor * pools.spread[strongest]) for factor in (TEMPERATURES[0], TEMPERATURES[-1])}
     # The encoder's own temperature first: where another one orders no better it would only sharpen what the loss had calibrated.
     ordered = sorted(starts, key=lambda start: (start != ("interest", 1.0), start))
-    outcomes = [_grow(figure, names, first, {**temperatures, first: start}, pools.spread) for first, start in ordered]
+    outcomes = [_grow(figure, names, first, {**temperatures, first: start}, pools.spread, min_gain) for first, start in ordered]
     weights, temperatures, best = max(outcomes, key=lambda outcome: outcome[2])
     fusion = Fusion.of({name: weights.get(name, 0.0) for name in names}, temperatures)
     return fusion, _report(fusion, pools, cutoff)
@@ -162,7 +164,7 @@ Figure = Callable[[Mapping[str, float], Mapping[str, float]], float]
 
 
 def _grow(
-    figure: Figure, names: list[str], first: str, temperatures: dict[str, float], spread: Mapping[str, float]
+    figure: Figure, names: list[str], first: str, temperatures: dict[str, float], spread: Mapping[str, float], min_gain: float
 ) -> tuple[dict[str, float], dict[str, float], float]:
     """Greedy forward selection from one source: add whichever helps most, refine, repeat."""
     weights = {first: 1.0}
@@ -175,7 +177,7 @@ def _grow(
             for ratio in RATIOS
         ]
         value, name, ratio, temperature = max(trials)
-        if value <= best + MIN_GAIN:
+        if value <= best + min_gain:
             break  # nobody else earns a place
         weights, temperatures = {**weights, name: ratio}, {**temperatures, name: temperature}
         weights, temperatures, best = _refine(figure, weights, temperatures, value)

@@ -2,12 +2,11 @@
 
 A fall of the hit rate alone proves nothing: on MovieLens-100k, whose tastes stand
 still, it goes from .33 to .11 from one block of 500 events to the next, because other
-people come. Two things prove a change after a fall. One is that a source which has
-counted nothing but the first parts of a round predicts the rest of it better than
-the same source with all that it has ever counted; such a source then starts anew. The other
-is that an update which has learnt boldly from the older events of a round
-predicts the newest ones better than the serving version. After a proven change
-what came before it is no longer replayed.
+people come. What proves a change after a fall is a source that would do better
+without its past: a counting one that has counted nothing but the first parts of the
+round, or an encoder that was bent boldly towards the round's older events,
+ranks what was done next better than the same source as it is. Counts proven
+wrong start anew, and what came before the change is no longer replayed.
 """
 
 import dataclasses
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from raysys.bundle import Bundle
+from raysys.models.base import Retriever
 from raysys.models.covisit import Covisitation
 from raysys.models.popularity import Popularity
 from raysys.online.recent import RECENT
@@ -26,6 +26,8 @@ from raysys.prepare.dataset import Sequences
 
 COUNTING = ("covisit", "popularity")
 """Sources that may start anew; `recent` does where the first does."""
+AT_ONCE = 250
+"""Events scored together, about."""
 PARTS = 5
 """Parts in which a round is scored and then counted."""
 LEVEL_KEPT = 0.9
@@ -73,9 +75,9 @@ def has_fallen(level: float | None, hits: np.ndarray, fall: float) -> bool:
     return bool(rate + 2 * error < (1 - fall) * level)
 
 
-def is_better(new: np.ndarray, old: np.ndarray) -> bool:
-    """Whether a figure of the same events, (Q,) each, is larger beyond two standard errors of the difference."""
-    gain = new - old
+def ranks_better(new: np.ndarray, old: np.ndarray) -> bool:
+    """Whether log ranks of the same targets, (Q,) each, are lower beyond two standard errors of the difference."""
+    gain = old - new
     return len(gain) > 1 and bool(gain.mean() > 2 * gain.std() / np.sqrt(len(gain)))
 
 
@@ -83,31 +85,36 @@ def outdated(bundle: Bundle, sequences: Sequences, arrival: np.ndarray, position
     """The counting sources that would predict new events better had they counted nothing before them.
 
     Both sides count the events part by part, after they were scored on them, so the one without a past has at most the round.
-    Their mean reciprocal ranks must differ by more than one standard error.
 
     Args:
         bundle: the serving version.
         sequences: histories with new events.
         arrival: (E,) place of a new event among all new ones in time order, -1 for others.
-        positions: (V,) flat positions of new events, in that order; those without a history say nothing.
+        positions: (V,) flat positions of new events, in that order.
     """
-    positions = positions[positions > sequences.indptr[sequences.rows[positions]]]
-    if not len(positions):
-        return ()
     names = [name for name in COUNTING if name in bundle.models]
     both = {**{name: bundle.models[name] for name in names}, **{f"{name}, anew": bundle.models[name].emptied() for name in names}}
     ranks: dict[str, list[np.ndarray]] = {name: [] for name in both}
     for part, models in counted_along(both, sequences, arrival, positions):
-        queries = sequences.queries_before(part)
-        allowed = seen_mask(queries, bundle.items.num_rows)
         for name, model in models.items():
-            ranks[name].append(_reciprocal_ranks(model.scores(queries), sequences.items[part], allowed))
-    found = []
-    for name in names:
-        gain = np.concatenate(ranks[f"{name}, anew"]) - np.concatenate(ranks[name])
-        if gain.mean() > gain.std() / np.sqrt(len(gain)):
-            found.append(name)
-    return tuple(found)
+            ranks[name].append(log_ranks(model, sequences, part))
+    return tuple(name for name in names if ranks_better(np.concatenate(ranks[f"{name}, anew"]), np.concatenate(ranks[name])))
+
+
+def log_ranks(model: Retriever, sequences: Sequences, positions: np.ndarray) -> np.ndarray:
+    """(V,) float64 logarithm of the place that a source alone gives each event's item among those not seen before.
+
+    It says more of a few events than hits do: most are no hits. Equals share their places, so a source without an opinion gains nothing.
+    """
+    found = [np.zeros(0)]
+    for part in np.array_split(positions, max(1, len(positions) // AT_ONCE)):
+        queries, targets = sequences.queries_before(part), sequences.items[part]
+        scores = model.scores(queries)
+        allowed = seen_mask(queries, scores.shape[1])
+        own = scores[np.arange(len(part)), targets][:, None]
+        better, equal = (((scores > own) & allowed).sum(axis=1), ((scores == own) & allowed).sum(axis=1))
+        found.append(np.log(1.0 + better + np.maximum(equal - 1, 0) / 2))
+    return np.concatenate(found)
 
 
 def started_anew(bundle: Bundle, names: tuple[str, ...]) -> Bundle:
@@ -123,10 +130,17 @@ def started_anew(bundle: Bundle, names: tuple[str, ...]) -> Bundle:
 
 
 def counted_along(
-    models: Mapping[str, Any], sequences: Sequences, arrival: np.ndarray, positions: np.ndarray
+    models: Mapping[str, Any], sequences: Sequences, arrival: np.ndarray, positions: np.ndarray, *, counted: int = 0
 ) -> Iterator[tuple[np.ndarray, Mapping[str, Any]]]:
-    """A round's events in a few parts, each with the models as they are when everything before it has been counted."""
-    counted = 0
+    """A round's events in a few parts, each with the models as they are when everything before it has been counted.
+
+    Args:
+        models: by any names.
+        sequences: histories with new events.
+        arrival: (E,) place of a new event among all new ones in time order, -1 for others.
+        positions: (V,) flat positions of new events, in that order.
+        counted: so many of the new events are in the models already.
+    """
     for part in np.array_split(positions, min(PARTS, len(positions))):
         before = int(arrival[part[0]])
         if before > counted:
@@ -150,11 +164,3 @@ def counted_in(models: Mapping[str, Any], sequences: Sequences, new: np.ndarray)
         elif isinstance(model, Popularity):
             counted[name] = model.update(sequences.items[new], sequences.events[new], sequences.times[new])
     return counted
-
-
-def _reciprocal_ranks(scores: np.ndarray, targets: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """(V,) float64; equals share their places, so a source without an opinion gains nothing by it."""
-    own = scores[np.arange(len(targets)), targets][:, None]
-    better = ((scores > own) & allowed).sum(axis=1)
-    equal = ((scores == own) & allowed).sum(axis=1)
-    return 1.0 / (1.0 + better + np.maximum(equal - 1, 0) / 2)

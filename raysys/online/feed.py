@@ -189,7 +189,8 @@ def sampled_histories(
     """
     others = histories.table.filter(pc.invert(_among(histories, without)))
     if since is not None:
-        others = others.filter(pc.greater_equal(pc.list_element(others["timestamp"].combine_chunks(), -1), since))
+        ends = np.cumsum(pc.list_value_length(others["timestamp"]).to_numpy())
+        others = others.filter(pa.array(pc.list_flatten(others["timestamp"]).to_numpy()[ends - 1] >= since))
     chosen = np.sort(rng.choice(len(others), min(count, len(others)), replace=False))
     table = others.take(chosen).combine_chunks()
     lengths = pc.list_value_length(table["item_idx"]).to_numpy().astype(np.int64)

@@ -14,7 +14,7 @@ import torch
 
 from raysys.bundle import Bundle
 from raysys.models.base import Arrays, Meta
-from raysys.online.change import Change, has_fallen, is_better, outdated, reached, started_anew
+from raysys.online.change import Change, has_fallen, log_ranks, outdated, ranks_better, reached, started_anew
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import Fresh, sampled_histories
 from raysys.online.gate import as_mixed, named, score, shifted, verdict
@@ -72,9 +72,6 @@ def _improve(serving: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> 
     known = (serving.manifest.get("metrics") or {}).get("online") or {}
     figures["level"] = reached(known.get("level"), prequential[:, 1])
 
-    cut = fresh.num_events - int(config.holdout_share * fresh.num_events)
-    held_out = judged[arrival[judged] >= cut]
-    before = prequential[arrival[judged] >= cut]
     away = [*fresh.keys, *fresh.erased]
     start = with_recent(serving, config.recent_half_life_days)
 
@@ -83,40 +80,45 @@ def _improve(serving: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> 
         replay = sampled_histories(bundle.histories, away, config.replay_users, rng, since=None if change is None else change.since)
         return Update(bundle, fresh, judged, replay, change, config, seed)
 
-    change = Change.of(known)
-    update = candidate = None
+    def newest(update: Update, bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
+        """Figures of the serving version and of the candidate on what this has not learnt."""
+        held_out = arrival[judged] >= update.judged_from
+        return prequential[held_out], score(bundle, sequences, judged[held_out])
+
+    change, update = Change.of(known), None
     if has_fallen(known.get("level"), prequential[:, 1], config.proven_fall):
+        told = judged[judged > sequences.indptr[sequences.rows[judged]]]  # an event after an empty history says nothing
+        anew = outdated(start, sequences, arrival, told)
         begun = Change(int(sequences.times[arrival >= 0].min()), 0)
-        anew = outdated(start, sequences, arrival, judged)
-        update = update_of(started_anew(start, anew), begun)
-        candidate = update.after(cut) if len(held_out) else None
-        if anew or (candidate is not None and is_better(score(candidate, sequences, held_out)[:, 0], before[:, 0])):
-            change, figures["anew"] = begun, list(anew)
-        else:
-            update = candidate = None  # other people came, not other tastes
+        bold = update_of(started_anew(start, anew), begun)
+        unlearnt = told[arrival[told] >= bold.cut]
+        encoders = [bundle.models["interest"] for bundle in (bold.older, start) if "interest" in bundle.models]
+        # Without a proof other people came, not other tastes.
+        if anew or (encoders and ranks_better(*(log_ranks(encoder, sequences, unlearnt) for encoder in encoders))):
+            change, update, figures["anew"] = begun, bold, list(anew)
     if update is None:
         update = update_of(start, change)
     figures["change"] = None if change is None else change.after(fresh.num_events)
 
     # While a change is young nobody can say what must be kept; later those can whose last event came after it.
-    young = change is not None and change.events < config.young_events
     since = None if change is None else change.since
-    anchors = sampled_histories(serving.histories, away, 0 if young else config.anchor_users, rng, since=since)
+    anchors = sampled_histories(serving.histories, away, 0 if update.young else config.anchor_users, rng, since=since)
     anchor_positions = anchors.last_positions()
     anchor = score(serving, anchors, anchor_positions)
 
-    if 0 < cut < fresh.num_events:
-        candidate = candidate or update.after(cut)
+    if 0 < update.judged_from < fresh.num_events:
+        candidate = update.candidate()
         slices = {
-            "new": (before, score(candidate, sequences, held_out)),
+            "new": newest(update, candidate),
             "anchor": (anchor, score(as_mixed(candidate, update.bundle), anchors, anchor_positions)),
         }
+        held_out = judged[arrival[judged] >= update.judged_from]
         reason = verdict(candidate, slices, config, gate) or shifted(
             serving, candidate, {"new": (sequences, held_out), "anchor": (anchors, anchor_positions)}, config, gate
         )
         if reason:
             return Improvement({}, serving.fusion, False, reason, figures)
-    final = update.after(fresh.num_events)
+    final = update.final()
     slices = {"anchor": (anchor, score(as_mixed(final, update.bundle), anchors, anchor_positions))}
     reason = verdict(final, slices, config, gate) or shifted(serving, final, {"anchor": (anchors, anchor_positions)}, config, gate)
     if reason:

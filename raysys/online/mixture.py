@@ -51,11 +51,10 @@ class Evidence:
         fixed: Collection[str] = (),
     ):
         self.movable = torch.tensor([float(name not in fixed) for name in sources])
-        self.names = list(sources)
+        self.fusion, self.names = fusion, list(sources)
         pools = Pools(sources, targets, allowed, keep=KEEP, chunk=128)
         # A source that is new to the mixture has no temperature yet.
         self.temperatures = {name: fusion.temperatures.get(name, NEW_TEMPERATURE * pools.spread[name]) for name in self.names}
-        self.fusion = Fusion(fusion.weights, {**fusion.temperatures, **self.temperatures})
         self.hits = pools.hits
         scaled = [pools.scores[name] / self.temperatures[name] for name in self.names]
         self.scores_VPS = torch.from_numpy(np.stack(scaled, axis=2).astype(np.float32))
