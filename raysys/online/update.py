@@ -29,8 +29,10 @@ from raysys.prepare.dataset import Sequences
 from raysys.train.batches import InMemory
 from raysys.train.encoder import EncoderTrainConfig, train_encoder
 
-YOUNG_GAIN = 0.01
-"""NDCG@10 that a source must add in a young change to be used: a few hundred events tell no less from luck."""
+YOUNG_DOUBT = 1.0
+"""Standard errors by which a source must help in a young change to be used beside the encoder, or instead of it."""
+YOUNG_CALM = (1.0, 1.4, 2.0, 2.8, 4.0)
+"""Factors of temperature, because bold steps on few events make an encoder surer than it should be."""
 YOUNG_EMA = 0.9
 """Decay a step of the average of the weights in a young change; in other rounds it would keep the old weights and learn next to nothing."""
 YOUNG_HOLDOUT = 0.4
@@ -141,7 +143,7 @@ class Update:
             fusion = self._evidence.refitted(prior_events=self.config.mixture_prior, first=first)
         elif first:
             targets = self.fresh.sequences.items[positions[:first]].astype(np.int64)
-            fusion, _ = choose_fusion(sources, targets, allowed, min_gain=YOUNG_GAIN)
+            fusion, _ = choose_fusion(sources, targets, allowed, doubt=YOUNG_DOUBT, calm=YOUNG_CALM)
         else:
             return self.bundle.fusion
         return {**self.bundle.fusion, "mixture": fusion.to_dict()}
