@@ -5,8 +5,10 @@
 
 Leaves `replay.json` in the shape that benchmarks/scale/README.md describes, and the plots of both replays beside it. A bar is
 judged only on the whole of the last 20% of the data (`--events 0`); a shorter run leaves `met` null. `age` sends events at a steady
-pace while a learner runs as `raysys online` does, with its default interval, and times what they and new items change meanwhile. Services run one after the other, on this machine, with
-the learner. With `--only` the file is `replay-PART.json`.
+pace while a learner runs as `raysys online` does, with its default interval, and times what they and new items change meanwhile.
+Services run one after the other, on this machine, with the learner. With `--only` the file is `replay-PART.json`; one page of all:
+
+    .venv/bin/python benchmarks/scale/report.py runs/realtime --hardware 2-cores --out benchmarks/realtime --title "Real time"
 """
 
 import argparse
@@ -201,8 +203,8 @@ def age(bundle: str, tail: dict[str, list], items: dict[str, dict], folder: str)
     """How old what is answered from is, at a steady pace of events and with a learner as `raysys online` runs it.
 
     Returns:
-        A row a version: seconds from the oldest event that it learnt to its publication and to the first answer of it. Figures, and the bars
-        of those seconds, of an event's effect on the next answer, and of a new item's first appearance in one.
+        A row a version: seconds from the oldest event that it learnt to its publication and to the first answer of it. Figures, and the
+        bars of those seconds, of an event's effect on the next answer, and of a new item's first appearance in one.
     """
     places = {name: storage.join(folder, name) for name in ("registry", "events", "state")}
     for place in places.values():
@@ -258,14 +260,14 @@ def age(bundle: str, tail: dict[str, list], items: dict[str, dict], folder: str)
         "item upserted -> recommended, of items": len(appeared_s),
         "rounds refused": sum(one["status"] == "refused" for one in reports),
     }
-    bound = f"<= {WITHIN_S:.0f}"
+    bound, each = f"<= {WITHIN_S:.0f}", f"interval {INTERVAL_S:.0f} s, s"
     return (
         rows,
         figures,
         [
-            bar(f"oldest event learnt -> published, interval {INTERVAL_S:.0f} s, s", bound, oldest["published"], WITHIN_S, True, most=True),
+            bar(f"oldest event learnt -> published, {each}", bound, oldest["published"], WITHIN_S, True, most=True),
             bar(
-                f"oldest event learnt -> first answer of the version, interval {INTERVAL_S:.0f} s, s",
+                f"oldest event learnt -> first answer of the version, {each}",
                 bound,
                 oldest["answer"],
                 WITHIN_S,

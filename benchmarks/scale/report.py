@@ -35,7 +35,8 @@ def main() -> int:
     parser.add_argument("--title", default="Scale")
     arguments = parser.parse_args()
     try:
-        page = write_report(arguments.folder, arguments.out, hardware=arguments.hardware, date=datetime.now(UTC).date().isoformat())
+        date = datetime.now(UTC).date().isoformat()
+        page = write_report(arguments.folder, arguments.out, hardware=arguments.hardware, date=date, title=arguments.title)
     except RaysysError as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 2
@@ -43,7 +44,7 @@ def main() -> int:
     return 0
 
 
-def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
+def write_report(folder: str, out: str, *, hardware: str, date: str, title: str = "Scale") -> str:
     """Gather, plot, write; returns the path of the page.
 
     Raises:
@@ -57,7 +58,7 @@ def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
     bars = [(result["name"], bar) for result in results for bar in result["bars"]]
     met = sum(bar["met"] is True for _, bar in bars)
     head = [
-        f"# Scale, {hardware}, {date}",
+        f"# {title}, {hardware}, {date}",
         "",
         f"Gathered by `benchmarks/scale/report.py` at commit {commit()} on {platform.machine()}, Python {platform.python_version()}.",
         f"{met} of {len(bars)} bars met, {sum(bar['met'] is False for _, bar in bars)} missed, "
