@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="synthetic: random seed")
     command.add_argument("--files", type=int, default=0, help="synthetic: spread the events over so many files by time (default: by user)")
     command.add_argument("--heavy-user", type=float, default=0.0, help="synthetic: one more user with this share of all events")
+    command.add_argument("--flip", type=float, default=0.0, help="synthetic: share of the time after which tastes follow another law")
 
     command = add("prepare", _prepare, "validate, deduplicate, split and encode a data set into user sequences")
     command.add_argument("--data", required=True)
@@ -253,6 +254,7 @@ def _import(arguments: argparse.Namespace) -> Rows:
         seed=arguments.seed,
         files=arguments.files,
         heavy_user=arguments.heavy_user,
+        flip=arguments.flip,
     )
     return [(str(key), _short(value)) for key, value in summary.items()]
 

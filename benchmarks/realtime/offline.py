@@ -24,7 +24,7 @@ from raysys.events.embedded_log import EmbeddedLog
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import flat_sequences
 from raysys.online.learner import Learner
-from raysys.online.simulate import K, SimulateConfig, first_model, recovery, split
+from raysys.online.simulate import K, SimulateConfig, first_model, flip_figures, flip_place, split
 from raysys.pipeline import Pipeline, available_mask, seen_mask
 from raysys.prepare.dataset import Sequences
 from raysys.registry import Registry
@@ -59,7 +59,8 @@ def main() -> None:
     # The flip changes only the stream, so the first model is the same with and without.
     bundle = first_model(head, items, storage.join(arguments.out, f"first-{arguments.share:g}-{arguments.train_epochs}"), config)
     started = time.perf_counter()
-    result = replayed(bundle, tail, items, storage.join(arguments.out, "work"), config, learning)
+    flip = flip_place(arguments.data, tail, config)
+    result = replayed(bundle, tail, items, storage.join(arguments.out, f"work-{arguments.name}"), config, learning, flip)
     result["seconds"] = time.perf_counter() - started
     result["settings"] = {field.name: getattr(learning, field.name) for field in fields(learning)}
     storage.write_json(storage.join(arguments.out, f"{arguments.name}.json"), result)
@@ -116,7 +117,13 @@ def hits_of(bundle: Bundle, stream: Stream, block: slice) -> np.ndarray:
 
 
 def replayed(
-    bundle_uri: str, tail: dict[str, list], items: dict[str, dict], folder: str, config: SimulateConfig, learning: OnlineConfig
+    bundle_uri: str,
+    tail: dict[str, list],
+    items: dict[str, dict],
+    folder: str,
+    config: SimulateConfig,
+    learning: OnlineConfig,
+    flip: int | None,
 ) -> dict:
     """Hits of both arms by event, what each round did, and the figures."""
     for name in ("registry", "events"):
@@ -156,9 +163,9 @@ def replayed(
     figures["relative gain"] = float(arms["on"].mean() / arms["off"].mean() - 1)
     gain = arms["on"].astype(float) - arms["off"]
     figures["standard error of the difference"] = float(gain.std() / np.sqrt(len(gain)))
-    if config.flip:
+    if flip is not None:
         for arm, found in arms.items():
-            figures[f"events to recovery, {arm}"] = recovery(found.astype(float), int(config.flip * len(found)), config.window)
+            figures |= {f"{name}, {arm}": value for name, value in flip_figures(found.astype(float), flip, config.window).items()}
     return {"figures": figures, "rounds": rounds, "hits": {arm: found.astype(int).tolist() for arm, found in arms.items()}}
 
 

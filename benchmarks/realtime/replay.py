@@ -5,8 +5,10 @@
 
 Leaves `replay.json` in the shape that benchmarks/scale/README.md describes, and the plots of both replays beside it. A bar is
 judged only on the whole of the last 20% of the data (`--events 0`); a shorter run leaves `met` null. `age` sends events at a steady
-pace while a learner runs as `raysys online` does, with its default interval. Services run one after the other, on this machine, with
-the learner. With `--only` the file is `replay-PART.json`.
+pace while a learner runs as `raysys online` does, with its default interval, and times what they and new items change meanwhile.
+Services run one after the other, on this machine, with the learner. With `--only` the file is `replay-PART.json`; one page of all:
+
+    .venv/bin/python benchmarks/scale/report.py runs/realtime --hardware 2-cores --out benchmarks/realtime --title "Real time"
 """
 
 import argparse
@@ -20,12 +22,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from raysys import storage
 from raysys.bundle import Bundle
 from raysys.errors import RaysysError
 from raysys.online.config import OnlineConfig
 from raysys.online.learner import INTERVAL_S, Learner
-from raysys.online.simulate import Client, SimulateConfig, first_model, simulate, split
+from raysys.online.simulate import Client, K, SimulateConfig, first_model, simulate, split
 from raysys.registry import Registry
 from raysys.serve.launch import running_service
 
@@ -33,7 +37,11 @@ REQUESTS, SWAPS, CLIENTS = 5000, 10, 4
 WITHIN_EVENTS, WITHIN_S, GAIN = 2000, 60.0, 0.15
 AGE_ROUNDS, AGE_PAUSE_S = 4, 0.05
 """Versions waited for, and the pause between events, where the age of what a new version has learnt is measured."""
-VISIBLE_MS = 100.0
+CHANGED_EVERY, APPEARED_EVERY = 10, 100
+"""Every so many events the user's next answer, and a new item's first one, are timed."""
+VISIBLE_MS, APPEAR_S = 100.0, 5.0
+SHOWN = 50
+"""Items asked for when a new one is looked for."""
 
 
 def main() -> None:
@@ -85,11 +93,10 @@ def main() -> None:
         for name in ("failures", "mixed"):
             bars.append(bar(f"{REQUESTS} requests across {SWAPS} hot swaps, {name}", "0", found[name], 0, enough, most=True))
     if arguments.only in (None, "age"):
-        found_ages = age(bundle, tail, storage.join(work, "age"))
+        found_ages, age_figures, age_bars = age(bundle, tail, items, storage.join(work, "age"))
         rows += found_ages
-        oldest = max(one["oldest_event_to_answer_s"] for one in found_ages)
-        what = f"oldest event learnt -> first answer of the version, interval {INTERVAL_S:.0f} s"
-        bars.append(bar(what, f"<= {WITHIN_S:.0f}", oldest, WITHIN_S, True, most=True))
+        figures |= age_figures
+        bars += age_bars
     about = {"data": arguments.data, "events": str(arguments.events or "all"), "learn_every": str(arguments.learn_every)}
     name = f"replay-{arguments.only}" if arguments.only else "replay"
     storage.write_json(
@@ -192,8 +199,13 @@ def swaps(bundle: str, tail: dict[str, list], folder: str, requests: int) -> dic
     }
 
 
-def age(bundle: str, tail: dict[str, list], folder: str) -> list[dict]:
-    """Seconds from the oldest event that a version learnt to the first answer of that version, a version a row."""
+def age(bundle: str, tail: dict[str, list], items: dict[str, dict], folder: str) -> tuple[list[dict], dict[str, float], list[dict]]:
+    """How old what is answered from is, at a steady pace of events and with a learner as `raysys online` runs it.
+
+    Returns:
+        A row a version: seconds from the oldest event that it learnt to its publication and to the first answer of it. Figures, and the
+        bars of those seconds, of an event's effect on the next answer, and of a new item's first appearance in one.
+    """
     places = {name: storage.join(folder, name) for name in ("registry", "events", "state")}
     for place in places.values():
         storage.remove(place)
@@ -207,6 +219,8 @@ def age(bundle: str, tail: dict[str, list], folder: str) -> list[dict]:
             print(f"{report['status']}: {report['events']} events, {report.get('seconds', 0)} s {report.get('reason', '')}", flush=True)
 
     answered: dict[str, float] = {}
+    changed_ms: list[float] = []
+    appeared_s: list[float] = []
     with running_service(**places, port=8077) as url:
         client, thread = Client(url), threading.Thread(target=learn)
         thread.start()
@@ -215,6 +229,10 @@ def age(bundle: str, tail: dict[str, list], folder: str) -> list[dict]:
                 user, item = (tail[name][at % len(tail["user_id"])] for name in ("user_id", "item_id"))
                 client.post("/v1/events", {"events": [{"user_id": user, "item_id": item, "event": "rating", "value": 5}]})
                 answered.setdefault(client.post("/v1/recommend", {"user_id": user, "n": 1})["model_version"], time.time())
+                if at % CHANGED_EVERY == 0:
+                    changed_ms.append(until_changed_ms(client, user))
+                if at % APPEARED_EVERY == 0:
+                    appeared_s.append(until_recommended_s(client, f"age-{at}", user, items[item]))
                 if sum(one.get("version") in answered for one in reports if one["status"] == "published") >= AGE_ROUNDS:
                     break
                 if len(reports) > 3 * AGE_ROUNDS:
@@ -223,10 +241,10 @@ def age(bundle: str, tail: dict[str, list], folder: str) -> list[dict]:
         finally:
             done.set()
             thread.join()
-    return [
+    rows = [
         {
             "series": "age of what is learnt",
-            "events": one["events"],
+            "new_events": one["events"],
             "round_s": one["seconds"],
             "oldest_event_to_published_s": one["oldest_event_s"],
             "oldest_event_to_answer_s": one["oldest_event_s"] + answered[one["version"]] - one["ended"],
@@ -234,6 +252,65 @@ def age(bundle: str, tail: dict[str, list], folder: str) -> list[dict]:
         for one in reports
         if one["status"] == "published" and one["version"] in answered
     ]
+    changed, appeared = float(np.quantile(changed_ms, 0.99)), max(appeared_s)
+    oldest = {name: max(one[f"oldest_event_to_{name}_s"] for one in rows) for name in ("published", "answer")}
+    figures = {
+        "event answered -> changed recommendation beside a learner, p50 ms": float(np.median(changed_ms)),
+        "of events": len(changed_ms),
+        "item upserted -> recommended, of items": len(appeared_s),
+        "rounds refused": sum(one["status"] == "refused" for one in reports),
+    }
+    bound, each = f"<= {WITHIN_S:.0f}", f"interval {INTERVAL_S:.0f} s, s"
+    return (
+        rows,
+        figures,
+        [
+            bar(f"oldest event learnt -> published, {each}", bound, oldest["published"], WITHIN_S, True, most=True),
+            bar(
+                f"oldest event learnt -> first answer of the version, {each}",
+                bound,
+                oldest["answer"],
+                WITHIN_S,
+                True,
+                most=True,
+            ),
+            bar(
+                "event answered -> changed recommendation beside a learner, p99 ms",
+                f"<= {VISIBLE_MS:.0f}",
+                changed,
+                VISIBLE_MS,
+                True,
+                most=True,
+            ),
+            bar("item upserted -> recommended, slowest, s", f"<= {APPEAR_S:.0f}", appeared, APPEAR_S, True, most=True),
+        ],
+    )
+
+
+def until_changed_ms(client: Client, user: str) -> float:
+    """From the answer to an event on a user's first item to an answer without it."""
+    best = client.post("/v1/recommend", {"user_id": user, "n": K})["items"][0]["item_id"]
+    client.post("/v1/events", {"events": [{"user_id": user, "item_id": best, "event": "rating", "value": 5}]})
+    started = time.perf_counter()
+    while best in [one["item_id"] for one in client.post("/v1/recommend", {"user_id": user, "n": K})["items"]]:
+        pass
+    return (time.perf_counter() - started) * 1000
+
+
+def until_recommended_s(client: Client, item: str, user: str, like: dict) -> float:
+    """From the answer to an upsert to an answer that recommends the item, to somebody who has just chosen one with the same attributes.
+
+    The item is deleted then, so that the next one does not compete with it.
+    """
+    client.post("/v1/items", {"items": [{"item_id": item, **like}]})
+    started = time.perf_counter()
+    while item not in [one["item_id"] for one in client.post("/v1/recommend", {"user_id": user, "n": SHOWN})["items"]]:
+        if time.perf_counter() - started > 6 * APPEAR_S:
+            break  # a miss that counts as long as was waited
+        time.sleep(0.02)
+    passed = time.perf_counter() - started
+    client.call("DELETE", f"/v1/items/{item}")
+    return passed
 
 
 def is_mixed(version: str | None, items: list[dict], rows_by_version: dict[str, set[str]]) -> bool:

@@ -26,6 +26,7 @@ def import_dataset(
     seed: int = 0,
     files: int = 0,
     heavy_user: float = 0.0,
+    flip: float = 0.0,
 ) -> dict:
     """Read a known source and write the data contract.
 
@@ -33,12 +34,13 @@ def import_dataset(
         kind: one of KINDS.
         src: file or folder of the source; None for "synthetic".
         out: folder to write; an earlier import there is replaced, anything else is refused.
-        users: number of users of "synthetic"; like the next five without effect on other kinds.
+        users: number of users of "synthetic"; like the next six without effect on other kinds.
         items: number of items.
         events: number of events.
         seed: random seed.
         files: spread the events over so many files by time; 0 = by user, filled one after the other.
         heavy_user: share of all events that one user more has, in [0, 1).
+        flip: share of their time after which another law over tastes holds, in [0, 1); 0 for never.
 
     Returns:
         Summary: `kind`, `out`, rows and columns per table, `time` and `notes`.
@@ -60,7 +62,8 @@ def import_dataset(
     module = importlib.import_module(KINDS[kind])
     with ContractWriter(out, kind) as writer:
         if src is None:
-            module.generate(writer, users=users, items=items, events=events, seed=seed, files=files, heavy_user=heavy_user)
+            sizes = {"users": users, "items": items, "events": events, "files": files}
+            module.generate(writer, **sizes, seed=seed, heavy_user=heavy_user, flip=flip)
         else:
             module.read(src, writer)
     return writer.summary()

@@ -5,7 +5,9 @@ A user's next item comes, with probability `markov`, from the successor of the l
 cluster; else, with probability `taste`, from one of the user's tastes; else from anywhere.
 Within a cluster items are drawn by popularity. An event is a like with a probability that
 depends on whether the item's cluster is to the user's taste, else a view.
-`truth.json` holds all of it.
+With a flip, every cluster has another successor from some moment on, for everybody at once,
+while items stay what they are: the law over tastes changes, and histories do not tell which
+law holds. `truth.json` holds all of it.
 """
 
 import math
@@ -36,7 +38,17 @@ HEAVY_SESSIONS, SESSION_EVENTS = 1000, 50
 """The heavy user's time is cut into at most so many stretches, of at least about so many events, that are simulated side by side."""
 
 
-def generate(writer: ContractWriter, *, users: int, items: int, events: int, seed: int, files: int = 0, heavy_user: float = 0.0) -> None:
+def generate(
+    writer: ContractWriter,
+    *,
+    users: int,
+    items: int,
+    events: int,
+    seed: int,
+    files: int = 0,
+    heavy_user: float = 0.0,
+    flip: float = 0.0,
+) -> None:
     """Write a synthetic data set; the same arguments give the same rows.
 
     Args:
@@ -47,16 +59,18 @@ def generate(writer: ContractWriter, *, users: int, items: int, events: int, see
         seed: random seed.
         files: spread the events over so many files by time, each with events of all users; 0 = users one after the other.
         heavy_user: share of all events that one more user, the last, has.
+        flip: share of the events' time after which clusters have other successors; 0 for never. Of more than two clusters.
 
     Raises:
         ConfigError: a size is too small or too large, or the seed negative.
     """
-    if users < 1 or items < 2 or events < users or seed < 0 or files < 0 or not 0 <= heavy_user < 1:
-        got = f"{users}, {items}, {events}, {seed}, {files}, {heavy_user}"
+    if users < 1 or items < 2 or events < users or seed < 0 or files < 0 or not 0 <= heavy_user < 1 or not 0 <= flip < 1:
+        got = f"{users}, {items}, {events}, {seed}, {files}, {heavy_user}, {flip}"
         raise ConfigError(
-            f"import synthetic: expected users >= 1, items >= 2, events >= users, seed >= 0, files >= 0, heavy-user in [0, 1); got {got}"
+            "import synthetic: expected users >= 1, items >= 2, events >= users, seed >= 0, files >= 0, heavy-user in [0, 1), "
+            f"flip in [0, 1); got {got}"
         )
-    world = _World.draw(items, seed)
+    world = _World.draw(items, seed, flip)
     writer.add_table("items", _items(world.cluster))
     totals = _Totals()
     heavy = round(heavy_user * events)
@@ -77,6 +91,8 @@ def generate(writer: ContractWriter, *, users: int, items: int, events: int, see
         "item_cluster": "item i<n> belongs to cluster n % clusters and is member number n // clusters (from 0) of it",
         "item_weight": "1 / (1 + member number) ** zipf_exponent within the cluster",
         "successor": world.successor.tolist(),
+        "flip_time": world.flip_time,
+        "successor_after_flip": world.successor_after.tolist() if flip else None,
         "markov": MARKOV,
         "taste": TASTE,
         "tastes_per_user": min(TASTES, world.clusters),
@@ -115,19 +131,22 @@ class _World:
     Attributes:
         cluster: (N,) of every item. successor: (C,) cluster that tends to follow.
         members: (N,) items ordered by cluster. cumulative: (N,) their cumulative weight within the cluster, plus the cluster.
+        successor_after: (C,) the same for events from `flip_time` on, UTC epoch seconds; None for never.
     """
 
     cluster: np.ndarray
     successor: np.ndarray
     members: np.ndarray
     cumulative: np.ndarray
+    successor_after: np.ndarray
+    flip_time: int | None
 
     @property
     def clusters(self) -> int:
         return len(self.successor)
 
     @classmethod
-    def draw(cls, items: int, seed: int) -> "_World":
+    def draw(cls, items: int, seed: int, flip: float) -> "_World":
         clusters = max(2, min(50, round(math.sqrt(items) / 2)))
         cluster = np.arange(items) % clusters
         weight = 1.0 / (1 + np.arange(items) // clusters) ** ZIPF
@@ -136,7 +155,15 @@ class _World:
         shuffled = np.random.default_rng([seed, 0]).permutation(clusters)
         successor = np.empty(clusters, np.int64)
         successor[shuffled] = np.roll(shuffled, -1)
-        return cls(cluster, successor, np.concatenate(members), np.concatenate(cumulative))
+        after = _other_cycle(successor, np.random.default_rng([seed, 3])) if flip else successor
+        flip_time = int(START + flip * SPAN_S) if flip else None
+        return cls(cluster, successor, np.concatenate(members), np.concatenate(cumulative), after, flip_time)
+
+    def successors(self, clusters: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """What tends to follow each cluster in an event of this time."""
+        if self.flip_time is None:
+            return self.successor[clusters]
+        return np.where(time < self.flip_time, self.successor[clusters], self.successor_after[clusters])
 
     def item(self, picked: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         """An item of each picked cluster, by popularity."""
@@ -144,6 +171,21 @@ class _World:
         found = np.searchsorted(self.cumulative, picked + uniform, side="right")
         last = np.searchsorted(self.cumulative, picked + 1.0 - 1e-12)
         return self.members[np.minimum(found, last)]
+
+
+def _other_cycle(successor: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(C,) a cycle through all clusters in which none has the successor that it had, nor, where there is room, the predecessor."""
+    clusters, predecessor = len(successor), np.argsort(successor)
+    if clusters < 3:
+        raise ConfigError(
+            f"import synthetic: expected more than 2 clusters of items for a flip, got {clusters}; more items make more clusters"
+        )
+    while True:
+        shuffled = rng.permutation(clusters)
+        after = np.empty(clusters, np.int64)
+        after[shuffled] = np.roll(shuffled, -1)
+        if (after != successor).all() and (clusters < 6 or (after != predecessor).all()):
+            return after
 
 
 @dataclass(frozen=True)
@@ -192,12 +234,14 @@ class _Block:
             moved = last[active] >= 0
             follow = moved & (choice < MARKOV)
             to_taste = ~follow & (rng.random(len(active)) < TASTE / (1 - MARKOV))
-            picked = np.where(follow, world.successor[last[active]], np.where(to_taste, own, anywhere))
-            item = world.item(picked, rng.random(len(active)))
-            totals.transitions += int(moved.sum())
-            totals.successors += int((picked == world.successor[last[active]])[moved].sum())
-            last[active] = picked
+            within = rng.random(len(active))
             now[active] += 1 + rng.exponential(self.gap, len(active)).astype(np.int64)
+            successor = world.successors(last[active], now[active])
+            picked = np.where(follow, successor, np.where(to_taste, own, anywhere))
+            item = world.item(picked, within)
+            totals.transitions += int(moved.sum())
+            totals.successors += int((picked == successor)[moved].sum())
+            last[active] = picked
             liked = rng.random(len(active)) < np.where((self.tastes[active] == picked[:, None]).any(1), LIKE_TASTE, LIKE_OTHER)
             parts.append((active, item, now[active], liked))
             totals.events += len(active)

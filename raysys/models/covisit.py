@@ -137,6 +137,12 @@ class Covisitation:
             decay=config.half_life_days is not None and not ordinal_time,
         )
 
+    def emptied(self) -> "Covisitation":
+        """A model of the same settings that has counted nothing."""
+        empty = type(self).empty(self.num_items, self.config, event_weights=self.event_weights)
+        empty._decay = self._decay
+        return empty
+
     def update(self, sequences: Sequences, new: np.ndarray, *, num_items: int | None = None) -> "Covisitation":
         """The model with the pairs of new events added, as if fitted on all of them.
 

@@ -7,7 +7,7 @@ which a sum of scores or of ranks would drown.
 Legend: B queries, N items, S sources, V validation queries.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -92,6 +92,8 @@ def choose_fusion(
     cutoff: int = 10,
     keep: int = 100,
     chunk: int = 256,
+    doubt: float = 0.0,
+    calm: Sequence[float] = (1.0,),
 ) -> tuple[Fusion, dict]:
     """Sources, weights and temperatures that maximise NDCG on validation queries, by greedy forward selection.
 
@@ -106,6 +108,10 @@ def choose_fusion(
         cutoff: k of NDCG@k.
         keep: best items a source that are looked at.
         chunk: queries at once.
+        doubt: standard errors of the strongest source's NDCG by which another source must help to be used, and another start than
+            the encoder's must be better; for few queries, which tell no less from luck.
+        calm: factors of all temperatures that are tried at the end; of those that cost no NDCG beyond the doubt, the one with the least
+            log loss is taken. For sources that are surer than they should be.
 
     Returns:
         The fusion, and the report of `judge_fusion` on the same queries.
@@ -122,13 +128,18 @@ def choose_fusion(
     # Two regimes, because ascent does not cross from one to the other: peaked softmaxes, where what one source is sure of
     # wins; and flat ones, where a mixture is a linear sum of scores, and agreement wins.
     strongest = sorted(names, key=lambda name: alone[name])[-STARTS:]
+    uncertain = doubt * pools.standard_error({strongest[-1]: 1.0}, temperatures, cutoff) if doubt else 0.0
+    min_gain = max(MIN_GAIN, uncertain)
     starts = {("interest", 1.0)} if "interest" in names else set()
     starts |= {(name, factor * pools.spread[name]) for name in strongest for factor in (TEMPERATURES[0], TEMPERATURES[-1])}
     # The encoder's own temperature first: where another one orders no better it would only sharpen what the loss had calibrated.
     ordered = sorted(starts, key=lambda start: (start != ("interest", 1.0), start))
-    outcomes = [_grow(figure, names, first, {**temperatures, first: start}, pools.spread) for first, start in ordered]
-    weights, temperatures, best = max(outcomes, key=lambda outcome: outcome[2])
+    outcomes = [_grow(figure, names, first, {**temperatures, first: start}, pools.spread, min_gain) for first, start in ordered]
+    weights, temperatures, best = max(outcomes, key=lambda outcome: outcome[2] + (uncertain if outcome is outcomes[0] else 0.0))
     fusion = Fusion.of({name: weights.get(name, 0.0) for name in names}, temperatures)
+    calmed = [Fusion(fusion.weights, {name: factor * value for name, value in temperatures.items()}) for factor in calm]
+    kept = [one for one in calmed if pools.ndcg(one.weights, one.temperatures, cutoff) >= best - uncertain]
+    fusion = min(kept or [fusion], key=lambda one: pools.log_loss(one.weights, one.temperatures))
     return fusion, _report(fusion, pools, cutoff)
 
 
@@ -165,7 +176,7 @@ Figure = Callable[[Mapping[str, float], Mapping[str, float]], float]
 
 
 def _grow(
-    figure: Figure, names: list[str], first: str, temperatures: dict[str, float], spread: Mapping[str, float]
+    figure: Figure, names: list[str], first: str, temperatures: dict[str, float], spread: Mapping[str, float], min_gain: float
 ) -> tuple[dict[str, float], dict[str, float], float]:
     """Greedy forward selection from one source: add whichever helps most, refine, repeat."""
     weights = {first: 1.0}
@@ -178,7 +189,7 @@ def _grow(
             for ratio in RATIOS
         ]
         value, name, ratio, temperature = max(trials)
-        if value <= best + MIN_GAIN:
+        if value <= best + min_gain:
             break  # nobody else earns a place
         weights, temperatures = {**weights, name: ratio}, {**temperatures, name: temperature}
         weights, temperatures, best = _refine(figure, weights, temperatures, value)
@@ -263,16 +274,30 @@ class Pools:
 
     def ndcg(self, weights: Mapping[str, float], temperatures: Mapping[str, float], cutoff: int) -> float:
         """Mean NDCG at a cut-off of the mixture."""
+        return float(self._ndcgs(weights, temperatures, cutoff).mean())
+
+    def _ndcgs(self, weights: Mapping[str, float], temperatures: Mapping[str, float], cutoff: int) -> np.ndarray:
         used = {name: weight for name, weight in weights.items() if weight > 0}
         if not used:
-            return 0.0
+            return np.zeros(len(self))
         mixture = sum(weight * self._probability(name, temperatures[name]) for name, weight in used.items())
         assert isinstance(mixture, np.ndarray)
         target = mixture[:, :1]
         ranks = ((mixture > target) & self.valid).sum(axis=1)
         # Ties count half: a source that cannot tell items apart must not look good.
         ranks = ranks + 0.5 * ((mixture == target) & self.valid)[:, 1:].sum(axis=1)
-        return float(np.where(self.hits & (ranks < cutoff), 1.0 / np.log2(ranks + 2.0), 0.0).mean())
+        return np.where(self.hits & (ranks < cutoff), 1.0 / np.log2(ranks + 2.0), 0.0)
+
+    def standard_error(self, weights: Mapping[str, float], temperatures: Mapping[str, float], cutoff: int) -> float:
+        """Of `ndcg`."""
+        return float(self._ndcgs(weights, temperatures, cutoff).std() / np.sqrt(max(1, len(self))))
+
+    def log_loss(self, weights: Mapping[str, float], temperatures: Mapping[str, float]) -> float:
+        """Mean log loss, in nats, of the targets that may be answered under a mixture; 0 without any."""
+        if not self.hits.any():
+            return 0.0
+        shares = [weight * self._probability(name, temperatures[name])[self.hits, 0] for name, weight in weights.items() if weight > 0]
+        return float(-np.log(np.maximum(np.sum(shares, axis=0), 1e-30)).mean())
 
     def _probability(self, name: str, temperature: float) -> np.ndarray:
         key = (name, round(temperature, 9))

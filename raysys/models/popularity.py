@@ -75,6 +75,10 @@ class Popularity:
         decay = config.half_life_days is not None and not ordinal_time
         return cls(np.zeros(num_items), 0, config, event_weights=np.asarray(event_weights, np.float32), decay=decay)
 
+    def emptied(self) -> "Popularity":
+        """A model of the same settings that has counted nothing."""
+        return Popularity(np.zeros(len(self.counts)), 0, self.config, event_weights=self.event_weights, decay=self.decay)
+
     def update(self, items: np.ndarray, events: np.ndarray, times: np.ndarray, *, num_items: int | None = None) -> "Popularity":
         """The model with more events counted, as if fitted on all of them (up to float order).
 

@@ -38,8 +38,15 @@ class OnlineConfig:
     max_drift: float = 0.5
     """Mean total variation between the serving and the updated distribution over the catalogue, for anchor users, in [0, 1]."""
     proven_fall: float = 0.5
-    """Relative fall of the serving versions' hit rate, beyond two standard errors, that proves a change of tastes: what an update costs
-    users without news is then not held against it."""
+    """Relative fall of the serving versions' hit rate, beyond two standard errors, after which it is asked whether tastes have changed."""
+    young_events: int = 5000
+    """After a proven change the three settings below hold for so many events, and nobody is an anchor."""
+    young_lr: float = 4e-3
+    """`lr` then; item vectors stay as they are."""
+    young_epochs: int = 10
+    """`epochs` then (0 `epochs` still leave the encoder as it is)."""
+    young_batch_size: int = 64
+    """`batch_size` then."""
     max_evaluated: int = 2000
     """Newest events scored in a round at most."""
     seed: int = 0
@@ -48,6 +55,15 @@ class OnlineConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.holdout_share < 1:
             raise ValueError(f"holdout_share: expected a share in [0, 1), got {self.holdout_share}")
-        for name in ("min_events", "max_events", "batch_size", "threads", "max_evaluated"):
+        for name in (
+            "min_events",
+            "max_events",
+            "batch_size",
+            "threads",
+            "max_evaluated",
+            "young_events",
+            "young_epochs",
+            "young_batch_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

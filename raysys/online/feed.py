@@ -175,7 +175,9 @@ def flat_sequences(
     )
 
 
-def sampled_histories(histories: Histories, without: Sequence[bytes], count: int, rng: np.random.Generator) -> Sequences:
+def sampled_histories(
+    histories: Histories, without: Sequence[bytes], count: int, rng: np.random.Generator, *, since: int | None = None
+) -> Sequences:
     """Histories of random users that the bundle knows, as sequences.
 
     Args:
@@ -183,13 +185,24 @@ def sampled_histories(histories: Histories, without: Sequence[bytes], count: int
         without: keys of users to leave out.
         count: users at most.
         rng: of the sample.
+        since: only users whose last event has this time or a later one; None for all.
     """
     others = histories.table.filter(pc.invert(_among(histories, without)))
+    if since is not None:
+        ends = np.cumsum(pc.list_value_length(others["timestamp"]).to_numpy())
+        others = others.filter(pa.array(pc.list_flatten(others["timestamp"]).to_numpy()[ends - 1] >= since))
     chosen = np.sort(rng.choice(len(others), min(count, len(others)), replace=False))
     table = others.take(chosen).combine_chunks()
     lengths = pc.list_value_length(table["item_idx"]).to_numpy().astype(np.int64)
     items, events, times, values = (pc.list_flatten(table[name]).to_numpy() for name in HISTORY_SCHEMA.names[1:])
     return flat_sequences(items, events, times, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), values=values)
+
+
+def learnable_since(sequences: Sequences, since: int) -> Sequences:
+    """The events from a time on, and the one before them of each user: all that a model needs to learn what followed what since then."""
+    late = sequences.times >= since
+    before_late = np.append(late[1:] & (sequences.rows[1:] == sequences.rows[:-1]), False)
+    return sequences.where(late | before_late)
 
 
 def merged_histories(histories: Histories, fresh: Fresh) -> Histories:

@@ -15,8 +15,6 @@ from raysys.prepare.dataset import Sequences
 K = 10
 MAX_BATCH_SCORES = 1 << 21
 """Scores of one source in an evaluation batch."""
-LEVEL_KEPT = 0.9
-"""Share of the hit rate once reached that a round which does not reach it still goes by."""
 MAX_COMPARED = 200
 """Queries whose whole distributions are compared, serving against updated."""
 MAX_COMPARED_SCORES = 1 << 24
@@ -45,34 +43,10 @@ def named(values: np.ndarray) -> dict[str, float | int]:
     return {"events": len(values), f"ndcg@{K}": float(values[:, 0].mean()), f"recall@{K}": float(values[:, 1].mean())}
 
 
-def reached(level: float | None, hits: np.ndarray) -> float:
-    """The hit rate that a lineage of versions has shown it can reach, after one more round; it fades, so that no level is for ever."""
-    return max(float(hits.mean()) if len(hits) else 0.0, LEVEL_KEPT * (level or 0.0))
-
-
-def is_change(level: float | None, hits: np.ndarray, fall: float) -> bool:
-    """Whether new events are predicted so much worse than a lineage can that what was true before no longer is.
-
-    Args:
-        level: what has been reached before the round; None in the first.
-        hits: (Q,) 0 or 1, recall of the serving version on the round's events.
-        fall: relative fall, beyond two standard errors, that proves it.
-    """
-    if level is None or not len(hits):
-        return False
-    rate = float(hits.mean())
-    # The second term is the doubt that is left where no event was hit at all.
-    error = np.sqrt((rate * (1 - rate) + 1 / len(hits)) / len(hits))
-    return bool(rate + 2 * error < (1 - fall) * level)
-
-
-def verdict(
-    candidate: Bundle, slices: dict[str, tuple[np.ndarray, np.ndarray]], config: OnlineConfig, gate: dict, changed: bool = False
-) -> str:
+def verdict(candidate: Bundle, slices: dict[str, tuple[np.ndarray, np.ndarray]], config: OnlineConfig, gate: dict) -> str:
     """Why the candidate must not be published; empty when it may. Fills `gate` with the figures.
 
-    A loss counts as far as it is more than one standard error: less cannot be told from the luck of the sample. Where tastes have
-    changed, nothing is held against it that concerns users without news.
+    A loss counts as far as it is more than one standard error: less cannot be told from the luck of the sample.
     """
     for name, model in candidate.models.items():
         bad = [key for key, array in model.to_arrays()[0].items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
@@ -80,7 +54,7 @@ def verdict(
             return f"{name} has values that are not finite in {', '.join(bad)}"
     for name, (before, after) in slices.items():
         gate[name] = {"serving": named(before), "updated": named(after)}
-        if not len(before) or (changed and name == "anchor"):
+        if not len(before):
             continue
         losses = before[:, 0] - after[:, 0]
         if not losses.mean() - losses.std() / np.sqrt(len(losses)) <= config.margin:
@@ -94,7 +68,6 @@ def shifted(
     slices: dict[str, tuple[Sequences, np.ndarray]],
     config: OnlineConfig,
     gate: dict,
-    changed: bool,
 ) -> str:
     """Why the candidate's probabilities must not be published; empty when they may. Adds the figures to `gate`.
 
@@ -109,8 +82,6 @@ def shifted(
         before, after = (_distribution(one, sequences, positions) for one in (bundle, candidate))
         if name == "anchor":
             drift = gate[name]["drift"] = float(0.5 * np.abs(np.exp(before) - np.exp(after)).sum(axis=1).mean())
-            if changed:
-                continue
             if not drift <= config.max_drift:
                 return f"score drift: answers to users without news moved by {drift:.3f}, at most {config.max_drift:g} is allowed"
             after = _distribution(as_mixed(candidate, bundle), sequences, positions)

@@ -141,7 +141,8 @@ class Learner:
         return self._bundle
 
     def _publish(self, bundle: Bundle, fresh: Fresh, result: Improvement, pointer: Pointer) -> dict[str, Any]:
-        models = {**bundle.models, **{name: load_model(name, arrays, meta) for name, (arrays, meta) in result.models.items()}}
+        kept = {name: model for name, model in bundle.models.items() if name not in result.dropped}
+        models = {**kept, **{name: load_model(name, arrays, meta) for name, (arrays, meta) in result.models.items()}}
         new_items = fresh.sequences.items[fresh.arrival >= 0]
         counts = bundle.items["num_train"].to_numpy() + np.bincount(new_items, minlength=bundle.items.num_rows)
         column = bundle.items.schema.get_field_index("num_train")

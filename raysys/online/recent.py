@@ -39,15 +39,6 @@ def with_recent(bundle: Bundle, half_life_days: float) -> Bundle:
     return dataclasses.replace(bundle, models={**bundle.models, RECENT: source})
 
 
-def emptied(bundle: Bundle) -> Bundle:
-    """The bundle with a source that has counted nothing: what it counted is known to be true no longer."""
-    if RECENT not in bundle.models:
-        return bundle
-    old = bundle.models[RECENT]
-    source = Covisitation.empty(old.num_items, old.config, event_weights=old.event_weights)
-    return dataclasses.replace(bundle, models={**bundle.models, RECENT: source})
-
-
 def _newest(histories: Histories, half_life_days: float) -> Sequences:
     """What happened in the last half-lives before the newest event, by user."""
     table = histories.table.combine_chunks()

@@ -30,6 +30,8 @@ K = 10
 SWAP_TIMEOUT_S = 60.0
 PROBE_EVERY = 20
 """Every so many events the user is asked for again at once, to see whether the answer has changed."""
+WITHIN = 2000
+"""Events after a flip of tastes at which it is asked what has been won back."""
 RECOVERED = 0.9
 """Share of the lost hit rate that counts as recovered."""
 
@@ -47,7 +49,8 @@ class SimulateConfig:
     window: int = 1000
     """Events of a moving hit rate in plot and recovery."""
     flip: float = 0.0
-    """Place in the stream, as a share, from which every item stands for another one (a fixed permutation); 0 for none."""
+    """Place in the stream, as a share, from which every item stands for another one (a fixed permutation); 0 for none.
+    A flip that the data themselves have (`raysys import synthetic --flip`) is found in their truth.json."""
     arms: tuple[str, ...] = ("off", "on")
     """Which arms run."""
     port: int = 8077
@@ -131,7 +134,8 @@ def simulate(data: str, out: str, config: SimulateConfig, *, url: str | None = N
         "events": len(tail["item_id"]),
         "trained_on": len(head),
         "arms": arms,
-        "figures": compared(arms, tail, set(head["user_id"]), config),
+        "flip": flip_place(data, tail, config),
+        "figures": compared(arms, tail, set(head["user_id"]), flip_place(data, tail, config), config.window),
     }
     storage.write_json(storage.join(out, "replay.json"), result)
     plot(result, storage.join(out, "replay.png"))
@@ -163,6 +167,18 @@ def split(data: str, config: SimulateConfig) -> tuple[pl.DataFrame, dict[str, li
         for row in storage.read_table(table).to_pylist():
             items[str(row["item_id"])] = {name: value for name, value in row.items() if name != "item_id" and _tellable(value)}
     return head, tail, items
+
+
+def flip_place(data: str, tail: dict[str, list], config: SimulateConfig) -> int | None:
+    """Event of the stream at which tastes flip: the planted one, or that of the data themselves; None where there is none."""
+    if config.flip:
+        return int(config.flip * len(tail["item_id"]))
+    truth = storage.join(data, "truth.json")
+    time = storage.read_json(truth).get("flip_time") if storage.exists(truth) else None
+    if time is None:
+        return None
+    place = int(np.searchsorted(np.array(tail["timestamp"], np.float64), time))
+    return place if 0 < place < len(tail["timestamp"]) else None
 
 
 def _tellable(value: Any) -> bool:
@@ -273,7 +289,7 @@ def _wait_for(client: Client, version: str) -> None:
 
 
 def compared(
-    arms: dict[str, dict], tail: dict[str, list], trained_users: set[str], config: SimulateConfig
+    arms: dict[str, dict], tail: dict[str, list], trained_users: set[str], flip: int | None, window: int
 ) -> dict[str, float | int | None]:
     """Hit rates of the arms, also for users that appear on the way; the relative gain; the events until recovery from the flip."""
     figures: dict[str, float | int | None] = {}
@@ -286,12 +302,29 @@ def compared(
         if found["visible"]:
             figures[f"event answered -> next answer, p99 ms, {arm}"] = float(np.quantile([one["ms"] for one in found["visible"]], 0.99))
             figures[f"next answers that are others, {arm}"] = float(np.mean([one["changed"] for one in found["visible"]]))
-        if config.flip:
-            figures[f"events to recovery, {arm}"] = recovery(hits, int(config.flip * len(hits)), config.window)
+        if flip is not None:
+            figures |= {f"{name}, {arm}": value for name, value in flip_figures(hits, flip, window).items()}
     off, on = (figures.get(f"hit-rate@{K}, {arm}") for arm in ("off", "on"))
     if off and on is not None:
         figures["relative gain"] = on / off - 1
     return figures
+
+
+def flip_figures(hits: np.ndarray, flip: int, window: int) -> dict[str, float | int | None]:
+    """What a flip cost and how it was made good, of one arm.
+
+    The share is that of the hit rate lost (between the `window` events before the flip and those after it) which the `window` events that
+    begin WITHIN events after the flip have back: one place fixed beforehand, where `recovery` takes the first good window.
+    """
+    before, after, later = (hits[max(0, start) : start + window] for start in (flip - window, flip, flip + WITHIN))
+    lost = float(before.mean() - after.mean())
+    share = None if lost <= 0 or len(later) < window else float((later.mean() - after.mean()) / lost)
+    return {
+        "hit rate before the flip": float(before.mean()),
+        "hit rate after the flip": float(after.mean()),
+        f"lost hit rate won back after {WITHIN} events": share,
+        "events to recovery": recovery(hits, flip, window),
+    }
 
 
 def recovery(hits: np.ndarray, flip: int, window: int) -> int | None:
@@ -327,8 +360,8 @@ def plot(result: dict, path: str) -> None:
         for one in found["rounds"]:
             if one["status"] == "published":
                 axes.axvline(one["at"], color="#e4e8ec", linewidth=0.8, zorder=0)
-    if result["settings"]["flip"]:
-        axes.axvline(result["settings"]["flip"] * result["events"], color="#c8871e", linestyle="--", label="taste flip")
+    if result["flip"] is not None:
+        axes.axvline(result["flip"], color="#c8871e", linestyle="--", label="taste flip")
     axes.set(xlabel="events replayed", ylabel=f"hit rate@{K}, last {window} events", ylim=(0, None))
     axes.legend(frameon=False)
     buffer = io.BytesIO()

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from raysys import cluster, storage
-from raysys.online.simulate import SimulateConfig, recovery, simulate, split
+from raysys.online.simulate import SimulateConfig, flip_figures, flip_place, recovery, simulate, split
 from raysys.serve.launch import family, port_holder
 from tests import planted
 
@@ -97,6 +97,22 @@ def test_a_terminated_replay_leaves_no_service_behind(tmp_path, planted_bundle):
         time.sleep(0.3)
     assert process.wait(timeout=60) == 143
     assert family(token.encode()) == [] and port_holder(8079) is None
+
+
+def test_the_flip_of_the_data_themselves_is_found(tmp_path):
+    tail = {"item_id": list("abcd"), "timestamp": [10, 20, 30, 40]}
+    assert flip_place(str(tmp_path), tail, SimulateConfig()) is None and flip_place(str(tmp_path), tail, SimulateConfig(flip=0.5)) == 2
+    for flip_time, place in ((25, 2), (30, 2), (5, None), (50, None), (None, None)):
+        storage.write_json(str(tmp_path / "truth.json"), {"flip_time": flip_time})
+        assert flip_place(str(tmp_path), tail, SimulateConfig()) == place
+
+
+def test_what_is_won_back_is_asked_at_a_fixed_place():
+    hits = np.concatenate([np.tile([1, 0], 50), np.zeros(2000), np.tile([1, 0, 0, 0], 50)])
+    found = flip_figures(hits, 100, 100)
+    assert found["hit rate before the flip"] == 0.5 and found["hit rate after the flip"] == 0
+    assert found["lost hit rate won back after 2000 events"] == 0.5 and found["events to recovery"] is None
+    assert flip_figures(hits[:2150], 100, 100)["lost hit rate won back after 2000 events"] is None, "too short to say"
 
 
 def test_recovery_counts_from_the_flip():

@@ -216,6 +216,24 @@ def test_synthetic_files_by_time_and_one_heavy_user(tmp_path, monkeypatch):
         synthetic(tmp_path, **sizes | {"heavy_user": 1.0})
 
 
+def test_a_synthetic_flip_changes_the_law_for_everybody_at_once(tmp_path):
+    sizes = {"users": 300, "items": 600, "events": 12_000, "seed": 2}
+    plain, _ = synthetic(tmp_path, "plain", **sizes)
+    events, truth = synthetic(tmp_path, "flip", **sizes, flip=0.4)
+    before, after = (np.array(truth[name]) for name in ("successor", "successor_after_flip"))
+    assert sorted(after) == list(range(truth["clusters"])) and (after != before).all() and (before[after] != np.arange(len(after))).all()
+    early = events["timestamp"] < truth["flip_time"]
+    assert events.filter(early).equals(plain.filter(early)) and 0.2 < early.mean() < 0.8
+    cluster = (events["item_id"].str.slice(1).cast(pl.Int64) % truth["clusters"]).to_numpy()
+    steps = (events["user_id"][1:] == events["user_id"][:-1]).to_numpy()
+    for now, law, other in ((early, before, after), (~early, after, before)):
+        chosen = steps & now[1:].to_numpy()
+        assert (law[cluster[:-1]] == cluster[1:])[chosen].mean() == pytest.approx(truth["successor_rate_expected"], abs=0.03)
+        assert (other[cluster[:-1]] == cluster[1:])[chosen].mean() < 0.15
+    with pytest.raises(ConfigError, match="more than 2 clusters of items for a flip, got 2"):
+        synthetic(tmp_path, "small", users=10, items=10, events=100, flip=0.5)
+
+
 @pytest.mark.parametrize("sizes", [{"users": 0}, {"items": 1}, {"users": 10, "events": 9}, {"seed": -1}])
 def test_synthetic_sizes_are_checked(tmp_path, sizes):
     with pytest.raises(ConfigError, match="expected users >= 1, items >= 2"):

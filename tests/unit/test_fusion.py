@@ -144,3 +144,20 @@ def test_a_source_that_cannot_tell_items_apart_gets_no_credit():
     assert judge_fusion(Fusion.of({"popularity": 1.0}, {"popularity": 1.0}), flat, targets, lambda part: np.ones((50, 500), bool))[
         "fused"
     ] == pytest.approx(0)
+
+
+def test_in_doubt_the_encoder_stays_alone_and_is_calmed():
+    """120 queries; the encoder knows the target half of the time and is far too sure; the other source helps by one query in forty."""
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 60, 120)
+    interest, other = (rng.normal(size=(120, 60)).astype(np.float32) for _ in range(2))
+    rows = np.arange(120)
+    interest[rows[:60], targets[:60]] += 5.0
+    other[rows[60:63], targets[60:63]] += 5.0
+    sources = {"interest": (interest * 10).__getitem__, "other": other.__getitem__}
+    arguments = (sources, targets, lambda rows: np.ones((120, 60), bool)[rows])
+    eager, _ = choose_fusion(*arguments)
+    assert eager.weights["other"] > 0
+    cautious, report = choose_fusion(*arguments, doubt=1.0, calm=(1.0, 4.0, 16.0))
+    assert cautious.weights["other"] == 0 and cautious.temperatures["interest"] == 16.0
+    assert report["fused"] == report["alone"]["interest"], "order within a source does not depend on its temperature"

@@ -5,7 +5,7 @@ import pytest
 from raysys.bundle import Bundle, Histories
 from raysys.events.embedded_log import EmbeddedLog
 from raysys.events.identity import user_key
-from raysys.online.feed import flat_sequences, merged_histories, read_fresh, sampled_histories
+from raysys.online.feed import flat_sequences, learnable_since, merged_histories, read_fresh, sampled_histories
 
 ITEMS = ["a", "b", "c", "d"]
 
@@ -101,6 +101,15 @@ def test_samples_leave_out_the_users_concerned(bundle):
     assert len(sampled_histories(bundle.histories, [], 1, np.random.default_rng(0))) == 1
     nobody = sampled_histories(bundle.histories, [user_key(user) for user in ("ann", "bob", "cid")], 5, np.random.default_rng(0))
     assert len(nobody) == 0 and nobody.indptr.tolist() == [0]
+
+
+def test_what_came_before_a_time_is_left_out(bundle):
+    late = sampled_histories(bundle.histories, [], 10, np.random.default_rng(0), since=15)
+    assert sorted(late.items.tolist()) == [0, 1, 2], "all of ann and bob, whose last events are at 20 and 15"
+    # Two users: 0 1 | 2 3, and 4 5 |; the event before the first late one is what this followed.
+    both = flat_sequences(np.arange(6), np.ones(6), np.array([1, 2, 10, 11, 3, 4]), np.array([0, 4, 6]))
+    kept = learnable_since(both, 10)
+    assert kept.items.tolist() == [1, 2, 3] and kept.indptr.tolist() == [0, 3, 3]
 
 
 def test_no_user_id_leaves_the_feed(bundle, log):

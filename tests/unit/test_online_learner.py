@@ -15,9 +15,10 @@ from raysys.models.covisit import Covisitation
 from raysys.models.fusion import Fusion
 from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetriever
 from raysys.models.popularity import Popularity
+from raysys.online.change import has_fallen, reached
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import flat_sequences, read_fresh
-from raysys.online.gate import is_change, reached, verdict
+from raysys.online.gate import verdict
 from raysys.online.improve import improve
 from raysys.online.learner import Learner, run_online
 from raysys.registry import Registry
@@ -193,7 +194,7 @@ def test_a_worse_update_is_refused_once_and_tried_again_with_more_events(world, 
         for parameter in encoder.parameters():
             parameter.data.normal_(generator=generator)
 
-    monkeypatch.setattr("raysys.online.improve.train_encoder", ruined)
+    monkeypatch.setattr("raysys.online.update.train_encoder", ruined)
     learner = learner_of(world, ALONE)
     log.append(events_of(walks(20, 2, 4, np.random.default_rng(0)), 0))
     report = learner.round()
@@ -213,7 +214,7 @@ def test_each_gate_stops_what_the_others_let_pass(world, monkeypatch):
         for parameter in encoder.parameters():
             parameter.data.normal_(generator=generator)
 
-    monkeypatch.setattr("raysys.online.improve.train_encoder", ruined)
+    monkeypatch.setattr("raysys.online.update.train_encoder", ruined)
     log.append(events_of(walks(20, STEP, 4, np.random.default_rng(0)), 0))
     open_gates = {"margin": 2.0, "max_log_loss_rise": 1e9, "max_drift": 1.0}
     for gate, bound, words in (
@@ -245,17 +246,20 @@ def test_the_mixture_follows_what_has_changed(world, tmp_path):
     assert found[registry.uri] > found[copy.uri] + 0.05, "on events that neither had learnt"
 
 
-def test_a_proven_change_starts_the_forgetting_source_anew_once(world):
+def test_a_proven_change_starts_the_counts_anew_once(world):
     _, log = world
     config = dataclasses.replace(CONFIG, epochs=0)
     for part, step in enumerate((2, STEP, STEP)):
-        log.append(events_of(walks(40, step, 6, np.random.default_rng(part)), 100 * part))
+        log.append(events_of(walks(40, step, 6, np.random.default_rng(part)), 100 * part, first_time=1e6 + 1e4 * part))
         report = learner_of(world, config).round()
-        assert report["status"] == "published" and report["figures"]["changed"] == (part == 1), report["figures"]
+        assert report["status"] == "published" and report["figures"].get("anew") == (["covisit"] if part == 1 else None), report["figures"]
+    assert report["figures"]["change"] == {"since": 1_010_000, "events": 480}
     newest = [walks(40, STEP, 6, np.random.default_rng(part)) for part in (1, 2)]
     expected = np.bincount(np.concatenate(newest).ravel(), minlength=N)
-    assert (current(world).models["recent"].to_arrays()[0]["occurrences"] > 0).sum() == (expected > 0).sum()
-    assert current(world).models["recent"].to_arrays()[0]["occurrences"].sum() == pytest.approx(expected.sum(), rel=1e-2)
+    for name in ("recent", "covisit"):
+        occurrences = current(world).models[name].to_arrays()[0]["occurrences"]
+        assert occurrences == pytest.approx(expected, rel=0.03), name
+    assert current(world).models["popularity"].counts.sum() > expected.sum() + 900, "what is popular has not changed"
 
 
 def test_a_loss_counts_beyond_its_standard_error():
@@ -270,11 +274,11 @@ def test_a_loss_counts_beyond_its_standard_error():
     assert "new slice fell by 0.0350" in said(0.035, 1000)
 
 
-def test_a_proven_change_is_told_from_a_bad_spell():
+def test_a_fall_is_told_from_a_bad_spell():
     hits = np.repeat([1.0, 0.0], [6, 94])
-    assert is_change(0.3, hits, 0.5), "6% and twice 2.6% are less than half of 30%"
-    assert not is_change(0.2, hits, 0.5) and not is_change(None, hits, 0.5)
-    assert not is_change(0.3, np.zeros(5), 0.5) and is_change(0.3, np.zeros(100), 0.5), "five misses prove nothing"
+    assert has_fallen(0.3, hits, 0.5), "6% and twice 2.6% are less than half of 30%"
+    assert not has_fallen(0.2, hits, 0.5) and not has_fallen(None, hits, 0.5)
+    assert not has_fallen(0.3, np.zeros(5), 0.5) and has_fallen(0.3, np.zeros(100), 0.5), "five misses prove nothing"
     assert (
         reached(None, hits) == pytest.approx(0.06)
         and reached(0.3, hits) == pytest.approx(0.27)
@@ -293,13 +297,13 @@ def test_users_without_news_do_not_hold_up_a_proven_change(world, monkeypatch):
 
     log.append(events_of(walks(30, 2, 6, np.random.default_rng(0)), 0))
     first = learner_of(world, ALONE).round()
-    assert first["status"] == "published" and first["figures"]["level"] > 0.8 and not first["figures"]["changed"]
-    monkeypatch.setattr("raysys.online.improve.train_encoder", ruined)
-    log.append(events_of(walks(30, STEP, 6, np.random.default_rng(1)), 100))
+    assert first["status"] == "published" and first["figures"]["level"] > 0.8 and first["figures"]["change"] is None
+    monkeypatch.setattr("raysys.online.update.train_encoder", ruined)
+    log.append(events_of(walks(30, STEP, 6, np.random.default_rng(1)), 100, first_time=2e6))
     held = learner_of(world, dataclasses.replace(ALONE, proven_fall=1.0)).round()
     assert held["status"] == "refused" and "anchor" in held["reason"]
     followed = learner_of(world, ALONE).round()
-    assert followed["status"] == "published" and followed["figures"]["changed"] and followed["figures"]["level"] > 0.7
+    assert followed["status"] == "published" and followed["figures"]["change"]["events"] == 180 and followed["figures"]["level"] > 0.7
 
 
 def test_values_that_are_not_finite_are_refused(world):

@@ -9,7 +9,7 @@ from raysys.models.covisit import Covisitation, CovisitConfig
 from raysys.models.popularity import Popularity
 from raysys.online.feed import flat_sequences
 from raysys.online.growth import grown
-from raysys.online.recent import HALF_LIVES, emptied, with_recent
+from raysys.online.recent import HALF_LIVES, with_recent
 from raysys.queries import Queries
 
 N, DAY = 6, 86_400
@@ -42,9 +42,6 @@ def test_a_version_that_has_one_keeps_it_and_another_half_life_starts_anew():
     assert with_recent(once, 4.0) is once
     assert with_recent(once, 2.0).models["recent"].config.half_life_days == 2.0
     assert grown(once, {"i-new": {}}).models["recent"].num_items == N + 1
-    nothing = emptied(once).models["recent"]
-    assert nothing.scores(Queries.from_lists([[0]])).sum() == 0 and nothing.config == once.models["recent"].config
-    assert nothing.event_weights.tolist() == [1.0, 2.0] and emptied(bundle_of()).models.keys() == bundle_of().models.keys()
 
 
 def test_none_without_a_half_life_or_without_real_time():
