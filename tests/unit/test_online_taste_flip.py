@@ -76,7 +76,7 @@ def replayed(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_most_of_what_a_flip_of_tastes_cost_is_back_after_2000_events(replayed, seed):
     (figures,) = replayed(seed, LEARNER)
     assert figures["hit rate after the flip, off"] < 0.35 * figures["hit rate before the flip, off"]
