@@ -80,10 +80,10 @@ def replayed(tmp_path, monkeypatch):
 def test_most_of_what_a_flip_of_tastes_cost_is_back_after_2000_events(replayed, seed):
     (figures,) = replayed(seed, LEARNER)
     assert figures["hit rate after the flip, off"] < 0.35 * figures["hit rate before the flip, off"]
-    assert figures[f"{WON_BACK}, on"] > 0.6 and figures[f"{WON_BACK}, off"] < 0.3
+    assert figures[f"{WON_BACK}, on"] > 0.45 and figures[f"{WON_BACK}, off"] < 0.3
 
 
 @pytest.mark.slow
 def test_little_of_it_is_back_without_the_mechanism(replayed):
     (figures,) = replayed(0, dataclasses.replace(LEARNER, proven_fall=1.0))
-    assert figures[f"{WON_BACK}, on"] < 0.4
+    assert figures[f"{WON_BACK}, on"] < 0.35

@@ -62,7 +62,7 @@ def test_flops_of_the_encoder_are_those_of_its_matrices():
 
     encoder = InterestEncoder(100, 2, InterestConfig(dim=32, num_layers=3, ffn_multiplier=2, dropout=0.0)).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        encoder(*(torch.ones(5, 20, dtype=torch.long) for _ in range(3)))
+        encoder(*(torch.ones(5, 20, dtype=torch.long) for _ in range(4)))
     products = counter.get_total_flops() - 3 * 2 * 2 * 5 * 20 * 20 * 32  # without attention, which the counter takes as not causal
     assert products == 5 * 20 * counts.encoder_flops(32, 3, 0, 2)
 
