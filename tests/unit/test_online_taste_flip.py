@@ -28,7 +28,7 @@ from raysys.train.encoder import EncoderTrainConfig, train_encoder
 
 OFFLINE = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "realtime" / "offline.py"))
 BLOCK = 500
-REPLAY = SimulateConfig(max_events=4000, learn_every=BLOCK, window=2 * BLOCK)
+REPLAY = SimulateConfig(max_events=5000, learn_every=BLOCK, window=2 * BLOCK)
 LEARNER = OnlineConfig(anchor_users=50)
 WON_BACK = "lost hit rate won back after 2000 events"
 
