@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 DIM = 256
 
@@ -32,6 +33,14 @@ class TextEncoder:
         if filled:
             vectors[filled] = _model().embed([texts[row] for row in filled], norm=True)
         return np.nan_to_num(vectors)  # a text of unknown characters only has no token
+
+
+def catalogue_vectors(items: pa.Table) -> np.ndarray | None:
+    """(N, DIM) float32 vectors of a catalogue's title, text and categories, of unit length or zero; None where no item has any."""
+    blank = [None] * items.num_rows
+    columns = [items[name].to_pylist() if name in items.column_names else blank for name in ("title", "text", "categories")]
+    texts = [item_text(*row) for row in zip(*columns, strict=True)]
+    return TextEncoder().encode(texts) if any(texts) else None
 
 
 @lru_cache(maxsize=1)

@@ -240,16 +240,17 @@ class InterestEncoder(nn.Module):
         states = self.norm(stream)
         return F.normalize(states, dim=-1) / self.config.temperature if self.config.temperature else states
 
-    def item_vectors(self, rows: Tensor | None = None) -> Tensor:
+    def item_vectors(self, rows: Tensor | None = None, *, table: Tensor | None = None) -> Tensor:
         """Vectors whose dot product with a state is a logit; tied to the input embedding.
 
         Args:
             rows: (...,) int64 rows of the table; None for all items. Of a table that is cut over workers, its local rows.
+            table: (N + 1, D) rows that are taken for those of the encoder; None for its own.
 
         Returns:
             (..., D) float32.
         """
-        weight = self.items.weight
+        weight = self.items.weight if table is None else table
         vectors = weight[: self.num_items] if rows is None else F.embedding(rows, weight, sparse=self.items.sparse)
         return F.normalize(vectors, dim=-1) if self.config.temperature else vectors
 

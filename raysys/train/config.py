@@ -101,6 +101,8 @@ class TrainConfig:
                 "interest.exclude_seen is learnt by the full softmax over a whole table: expected encoder.loss softmax and "
                 f"scaling.shard_items false, got {self.encoder.loss} and {str(self.scaling.shard_items).lower()}"
             )
+        if self.encoder.id_dropout and self.scaling.shard_items:
+            raise ValueError("encoder.id_dropout needs the whole item table: expected scaling.shard_items false, or encoder.id_dropout 0")
         if self.encoder.loss == "gbce" and self.scaling.shard_items:
             raise ValueError("encoder.loss gbce needs the whole item table: expected scaling.shard_items false, or encoder.loss sampled")
         if self.encoder.table_optimizer != "adamw" and self.scaling.workers > 1 and not self.scaling.shard_items:

@@ -15,11 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from raysys.models.interest import InterestEncoder
 from raysys.models.mean_encoder import MeanEncoder
 from raysys.train.average import Average
 from raysys.train.batches import Batch, Pool, Source
+from raysys.train.id_dropout import StandIns
 from raysys.train.loss import distilled_softmax_loss, fast_dtype, full_softmax_loss, gbce_loss, sampled_softmax_loss
 from raysys.train.negatives import Negatives, Sampling
 from raysys.train.optimizers import (
@@ -63,6 +65,9 @@ class EncoderTrainConfig:
     dropout_epochs: int = 0
     """Epochs over which dropout rises evenly to `interest.dropout`: early ones learn fast, late ones are kept from overfitting. 0 has all
     of it from the start."""
+    id_dropout: float = 0.0
+    """Share of the items that in each step do without their own vectors and take the mean of those nearest by content, as items that
+    nobody has chosen do in the end. Needs texts, the full softmax and a whole table."""
     loss: Literal["softmax", "sampled", "gbce"] = "softmax"
     """Cross-entropy over the whole catalogue, or over the target and shared negatives; or gSASRec's binary cross-entropy over those,
     which wants `interest.temperature` 0."""
@@ -91,6 +96,10 @@ class EncoderTrainConfig:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
         if self.dropout_epochs < 0:
             raise ValueError(f"expected dropout_epochs of at least 0, got {self.dropout_epochs}")
+        if not 0 <= self.id_dropout < 1:
+            raise ValueError(f"expected id_dropout in [0, 1), got {self.id_dropout}")
+        if self.id_dropout and self.loss != "softmax":
+            raise ValueError(f"expected loss softmax with id_dropout, got {self.loss}")
         if not 0 <= self.gbce_calibration <= 1:
             raise ValueError(f"expected gbce_calibration in [0, 1], got {self.gbce_calibration}")
         if self.loss == "gbce" and self.negatives != "uniform":
@@ -142,9 +151,11 @@ class _Trainee(nn.Module):
         parallel: Parallel,
         teacher: InterestEncoder | MeanEncoder | None,
         share: float,
+        stand_ins: StandIns | None,
     ):
         super().__init__()
         self.teacher, self.share = [teacher], share  # in a list: its weights are not to be trained, averaged or saved
+        self.stand_ins = stand_ins if config.id_dropout else None
         self.encoder, self.parallel, self.config, self.precision = encoder, parallel, config, config.precision
 
     def forward(
@@ -158,9 +169,13 @@ class _Trainee(nn.Module):
         log_expected: Tensor | None,
     ) -> Tensor:
         device, encoder = items.device, self.encoder
-        real = targets >= 0
+        real, table = targets >= 0, None
+        if self.stand_ins is not None:
+            table = self.stand_ins.table(encoder, self.config.id_dropout)
         with torch.autocast(device.type, torch.bfloat16, enabled=self._autocasts(device)):
-            states = encoder(items, events, gaps, waits)[real].float()
+            inputs = (items, events, gaps, waits)
+            states = encoder(*inputs) if table is None else functional_call(encoder, {"items.weight": table}, inputs)
+            states = states[real].float()
         targets = targets[real]
         dtype = fast_dtype(device) if self.precision == "auto" else getattr(torch, self.precision)
         if not isinstance(encoder.items, ShardedTable):
@@ -170,8 +185,8 @@ class _Trainee(nn.Module):
                     with torch.no_grad():
                         taught, told = teacher(items, events, gaps, waits)[real].float(), teacher.item_vectors()
                     goal = {"teacher_states_PD": taught, "teacher_vectors_ND": told, "share": self.share}
-                    return distilled_softmax_loss(states, encoder.item_vectors(), targets, **goal, seen=seen, dtype=dtype)
-                return full_softmax_loss(states, encoder.item_vectors(), targets, seen=seen, dtype=dtype)
+                    return distilled_softmax_loss(states, encoder.item_vectors(table=table), targets, **goal, seen=seen, dtype=dtype)
+                return full_softmax_loss(states, encoder.item_vectors(table=table), targets, seen=seen, dtype=dtype)
             positive, negative = encoder.item_vectors(targets), encoder.item_vectors(negatives)
             if self.config.loss == "gbce":
                 calibration = self.config.gbce_calibration
@@ -230,6 +245,7 @@ class EncoderTraining:
         item_counts: (N,) training events by item, where negatives are drawn by them.
         teacher: a trained encoder over the same items, in evaluation mode; with the full softmax over a whole table.
         teacher_share: weight of its distribution in the loss, in [0, 1]; the rest is the next item.
+        stand_ins: who stands in for whom, where the configuration asks for id dropout; None where no item has content.
         parallel: this rank among those that train together.
         device: where the encoder runs.
         deadline: `time.time()` by which to end; the learning rate falls over the epochs that fit (at least one is run),
@@ -250,6 +266,7 @@ class EncoderTraining:
         item_counts: np.ndarray | None = None,
         teacher: InterestEncoder | MeanEncoder | None = None,
         teacher_share: float = 0.0,
+        stand_ins: StandIns | None = None,
         parallel: Parallel | None = None,
         device: torch.device | str = "cpu",
         deadline: float | None = None,
@@ -270,7 +287,7 @@ class EncoderTraining:
         if config.compile:
             for block in encoder.blocks:
                 block.compile(dynamic=True)
-        self.module = self.parallel.wrap(_Trainee(encoder, config, self.parallel, teacher, teacher_share), self.table)
+        self.module = self.parallel.wrap(_Trainee(encoder, config, self.parallel, teacher, teacher_share, stand_ins), self.table)
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in encoder.named_parameters() if parameter is not self.table}
         self.optimizer = dense_optimizer(self.module, self.table, lr=config.lr, weight_decay=config.weight_decay)
         table_lr = config.lr if config.table_lr is None else config.table_lr

@@ -5,14 +5,18 @@ Every rank takes part in all of it; the whole encoder, with the rows of all rank
 
 import dataclasses
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import nn
 
+from raysys.features.text import catalogue_vectors
+from raysys.models.content import ContentNeighbours
 from raysys.models.interest import InterestEncoder
 from raysys.prepare.dataset import Prepared
 from raysys.train.config import TrainConfig
 from raysys.train.encoder import EncoderTrainConfig, EncoderTraining, TrainResult, TrainState
+from raysys.train.id_dropout import StandIns
 from raysys.train.metrics_log import MetricsLog
 from raysys.train.parallel import whole
 from raysys.train.stream import source_of
@@ -79,6 +83,7 @@ class EncoderStages:
             schedule or self.settings.encoder,
             seed=self.settings.seed,
             item_counts=worker.evidence.item_counts,
+            stand_ins=self._stand_ins,
             parallel=worker.parallel,
             device=worker.device,
             deadline=deadline,
@@ -112,6 +117,18 @@ class EncoderStages:
         encoder = new_encoder(worker.prepared, self.settings)
         self._fill(encoder, table)
         return encoder.eval()
+
+    @cached_property
+    def _stand_ins(self) -> StandIns | None:
+        """Who stands in for whom under id dropout; None without it, and where no item has a text."""
+        worker = self.worker
+        if not self.settings.encoder.id_dropout:
+            return None
+        texts = catalogue_vectors(worker.prepared.items())
+        if texts is None:
+            worker.say("encoder: id_dropout has nothing to work on, no item has a title, text or category")
+            return None
+        return StandIns(ContentNeighbours.fit(texts).item_vectors, worker.evidence.item_counts > 0)
 
     def _table(self) -> Callable[[int], ShardedTable] | None:
         """Builds the item table of the training where it is cut over several workers; None for a whole one."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from raysys.bundle import HISTORY_SCHEMA, Bundle, Histories
-from raysys.features.text import TextEncoder, item_text
+from raysys.features.text import catalogue_vectors
 from raysys.models.content import ContentNeighbours
 from raysys.models.covisit import Covisitation
 from raysys.models.dot_product import DotProduct
@@ -82,8 +82,4 @@ class Sources:
 
     @cached_property
     def _text_vectors(self) -> np.ndarray | None:
-        items = self.prepared.items()
-        blank = [None] * items.num_rows
-        columns = [items[name].to_pylist() if name in items.column_names else blank for name in ("title", "text", "categories")]
-        texts = [item_text(*row) for row in zip(*columns, strict=True)]
-        return TextEncoder().encode(texts) if any(texts) else None
+        return catalogue_vectors(self.prepared.items())
