@@ -27,11 +27,21 @@ class Seen:
 
 
 class Traffic:
-    """As a context: some clients, each asking for one user after another, until the block ends."""
+    """As a context: some clients, each asking for one user after another, until the block ends.
 
-    def __init__(self, base_url: str, *, clients: int = 4, pause_s: float = 0.02, deadline_ms: int | None = None):
+    Args:
+        base_url: of the service.
+        clients: threads with a connection each.
+        pause_s: between an answer and the next request.
+        body_after_s: between the headers and the body of a request, which travel apart in any case.
+        deadline_ms: sent along.
+    """
+
+    def __init__(
+        self, base_url: str, *, clients: int = 4, pause_s: float = 0.02, body_after_s: float = 0.0, deadline_ms: int | None = None
+    ):
         self.host, self.port = urlsplit(base_url).hostname, urlsplit(base_url).port
-        self.pause_s, self.headers = pause_s, {"Content-Type": "application/json"}
+        self.pause_s, self.body_after_s, self.headers = pause_s, body_after_s, {"Content-Type": "application/json"}
         if deadline_ms is not None:
             self.headers["X-Deadline-Ms"] = str(deadline_ms)
         self.seen: list[Seen] = []
@@ -76,8 +86,13 @@ class Traffic:
             turn += 1
             started = time.monotonic()
             try:
-                body = json.dumps({"user_id": f"user-{(number * 31 + turn) % 180}", "n": 5})
-                connection.request("POST", "/v1/recommend", body, self.headers)
+                body = json.dumps({"user_id": f"user-{(number * 31 + turn) % 180}", "n": 5}).encode()
+                connection.putrequest("POST", "/v1/recommend")
+                for name, value in {**self.headers, "Content-Length": str(len(body))}.items():
+                    connection.putheader(name, value)
+                connection.endheaders()
+                time.sleep(self.body_after_s)
+                connection.send(body)
                 response = connection.getresponse()
                 status, text = response.status, response.read()
                 found = json.loads(text) if text.startswith(b"{") else {"text": text.decode(errors="replace")}

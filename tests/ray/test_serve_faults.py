@@ -86,6 +86,20 @@ def test_a_killed_ingress_replica_is_replaced_by_the_other(base_url):
     assert not failed, f"{len(failed)} of {len(traffic.seen)}: {failed[:3]}"
 
 
+def test_requests_at_a_killed_ingress_are_asked_again_though_their_body_came_after_their_headers(base_url):
+    """HAProxy repeats only what it had whole when it first sent it; else it closes the client's connection without a word."""
+    with Traffic(base_url, clients=8, pause_s=0.0, body_after_s=0.004) as traffic:
+        for _ in range(3):
+            traffic.wait_until(lambda _: len(replica_pids("Ingress")) >= 2)
+            time.sleep(4)  # HAProxy has heard of the new one
+            traffic.wait_until_sound(in_a_row=200)
+            os.kill(replica_pids("Ingress")[0], signal.SIGKILL)
+        traffic.wait_until(lambda _: len(replica_pids("Ingress")) >= 2)
+        traffic.wait_until_sound()
+    failed = [one for one in traffic.seen if one.status != 200]
+    assert not failed, f"{len(failed)} of {len(traffic.seen)}: {failed[:3]}"
+
+
 def test_a_ranker_that_hangs_for_two_seconds_costs_nobody_two_seconds(base_url):
     """SIGSTOP: the replica is alive, connected and silent. After some late answers it is not waited for."""
     with Traffic(base_url, deadline_ms=400) as traffic:
