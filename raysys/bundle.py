@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.numpy import load as load_arrays
+from safetensors import safe_open
 from safetensors.numpy import save as save_arrays
 
 from raysys import storage
@@ -274,8 +274,8 @@ class Bundle:
         for name, meta in manifest["models"].items():
             if only is not None and name not in only:
                 continue
-            arrays: Arrays = load_arrays(storage.read_bytes(storage.join(local, f"{name}.safetensors")))
-            models[name] = load_model(name, unpacked(arrays, manifest.get("packing", {}).get(name, {})), meta)
+            arrays = unpacked(_mapped(storage.join(local, f"{name}.safetensors")), manifest.get("packing", {}).get(name, {}))
+            models[name] = load_model(name, arrays, meta)
         return cls(
             storage.read_table(storage.join(local, ITEMS)),
             models,
@@ -327,6 +327,12 @@ def load_model(name: str, arrays: Arrays, meta: dict) -> Any:
         return _model_class(name).from_arrays(arrays, meta)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BundleIncompatible(f"model {name!r} was written by another version of raysys ({error}); train again") from error
+
+
+def _mapped(uri: str) -> Arrays:
+    """The arrays of a local file as its pages: processes of a node share them, and whoever writes to one gets a copy of that page."""
+    with safe_open(storage.resolve(uri)[1], framework="pt") as file:
+        return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118: it is no dict
 
 
 def _model_class(name: str) -> Any:

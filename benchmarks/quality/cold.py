@@ -1,13 +1,13 @@
 """Cold start: items that the training has not seen, and users of whom next to nothing is known.
 
     raysys bench quality/cold ml100k --data FOLDER --out runs/quality [--budget 10m] [--seed 0]
-    raysys bench quality/cold toys --data FOLDER --out runs/quality
+    raysys bench quality/cold toys --data FOLDER --out runs/quality --set encoder.id_dropout=0.1
 
 Two trainings. Items: a tenth of the items loses all its events and stays in the catalogue with its text; each user who had one is
 asked for the last one, with what the user did before it and the other items know; ranked among all items, and among the hidden
 ones. Users: leave-one-out; each user's test event is asked with no more than the last 0, 1, 2, 5 events before it. Items that the user
 had are masked throughout, the cut history's too: a stand-in for a new user must not be offered what the real one had already.
-Beside the whole pipeline: popularity, and content neighbours alone. Leaves NAME-cold.json in --out.
+Beside the whole pipeline: popularity, and content neighbours alone. Leaves NAME-cold.json in --out, with the settings in its name where some are given.
 """
 
 import argparse
@@ -44,9 +44,13 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="folder of the data sets")
     parser.add_argument("--out", required=True, help="folder of bundles and results")
     parser.add_argument("--budget", default=None, help="--time-budget of each training; none when absent")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="settings of both trainings; the defaults when absent"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    folder = Path(arguments.out).absolute() / f"{arguments.name}-cold"
+    label = "-".join([arguments.name, "cold", *arguments.set])
+    folder = Path(arguments.out).absolute() / label
     folder.mkdir(parents=True, exist_ok=True)
     kind, place = SOURCES[arguments.name]
     if not (folder / "data" / "dataset.json").exists():
@@ -54,7 +58,7 @@ def main() -> int:
     hidden = hide_items(folder, arguments.seed)
     whole, rest = (trained(folder, name, arguments) for name in ("data", "data-hidden"))
     result = {
-        "name": f"{arguments.name}-cold",
+        "name": label,
         "kind": "cold",
         "seed": arguments.seed,
         "budget": arguments.budget,
@@ -62,7 +66,7 @@ def main() -> int:
         "users": of_users(*whole, arguments.seed),
         "about": {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()},
     }
-    storage.write_json(str(folder.parent / f"{arguments.name}-cold.json"), result)
+    storage.write_json(str(folder.parent / f"{label}.json"), result)
     for question, found in (("hidden items", result["items"]["who"]), *((f"{n} events", who) for n, who in result["users"]["who"].items())):
         print(question + ": " + ", ".join(f"{who} {figures['ndcg@10']:.4f}" for who, figures in found.items()), flush=True)
     return 0
@@ -94,6 +98,7 @@ def trained(folder: Path, name: str, arguments: argparse.Namespace) -> tuple[Pre
         )
     if not (bundle / "manifest.json").exists():
         command = ["train", "--prepared", str(prepared), "--out", str(bundle), "--seed", str(arguments.seed)]
+        command += [part for setting in arguments.set for part in ("--set", setting)]
         raysys(command + (["--time-budget", arguments.budget] if arguments.budget else []), folder / f"train-{name}.log")
     return Prepared.open(str(prepared)), Bundle.open(str(bundle))
 

@@ -293,15 +293,16 @@ class InterestRetriever:
     Args:
         encoder: trained; copied to the CPU.
         warm: (N,) bool, items with at least one training interaction.
+        owned: nobody else has the encoder, which is on the CPU: it is taken as it is.
     """
 
     name = "interest"
 
-    def __init__(self, encoder: InterestEncoder, warm: np.ndarray):
+    def __init__(self, encoder: InterestEncoder, warm: np.ndarray, *, owned: bool = False):
         # A copy: moving or freezing the caller's encoder in the middle of its training would break it.
-        self.encoder = copy.deepcopy(encoder).eval().cpu()
+        self.encoder = (encoder if owned else copy.deepcopy(encoder).cpu()).eval()
         self.warm = warm.astype(bool)
-        self.item_vectors = self.encoder.item_vectors().detach().numpy().copy()
+        self.item_vectors = self.encoder.item_vectors().detach().numpy()
         self._items: Tensor | None = None  # the same on another device, where `to` moved them
         self._remembered: Remembered | None = None
 
@@ -362,10 +363,15 @@ class InterestRetriever:
     @classmethod
     def from_arrays(cls, arrays: Arrays, meta: Meta) -> "InterestRetriever":
         """The model back from `to_arrays`."""
-        encoder = InterestEncoder(meta["num_items"], meta["num_event_types"], InterestConfig(**meta["config"]))
-        weights = {name.removeprefix("encoder."): torch.from_numpy(array.copy()) for name, array in arrays.items() if name != "warm"}
-        encoder.load_state_dict(weights)
-        return cls(encoder, arrays["warm"])
+        weights = {name.removeprefix("encoder."): torch.from_numpy(array) for name, array in arrays.items() if name != "warm"}
+
+        def table(_: int) -> nn.Module:
+            # As it is: drawing a large one at random first takes minutes, and a mapped one is shared by all replicas of a node.
+            return nn.Embedding.from_pretrained(weights["items.weight"], freeze=False, padding_idx=meta["num_items"])
+
+        encoder = InterestEncoder(meta["num_items"], meta["num_event_types"], InterestConfig(**meta["config"]), table)
+        encoder.load_state_dict(weights, assign=True)
+        return cls(encoder, arrays["warm"], owned=True)
 
 
 def left_aligned(queries: Queries, max_length: int, *columns: tuple[np.ndarray, int]) -> tuple[list[np.ndarray], np.ndarray]:
