@@ -7,7 +7,8 @@ Two trainings. Items: a tenth of the items loses all its events and stays in the
 asked for the last one, with what the user did before it and the other items know; ranked among all items, and among the hidden
 ones. Users: leave-one-out; each user's test event is asked with no more than the last 0, 1, 2, 5 events before it. Items that the user
 had are masked throughout, the cut history's too: a stand-in for a new user must not be offered what the real one had already.
-Beside the whole pipeline: popularity, and content neighbours alone. Leaves NAME-cold.json in --out, with the settings in its name where some are given.
+Beside the whole pipeline: popularity, and content neighbours alone. Leaves NAME-cold.json in --out,
+with the settings in its name where some are given.
 """
 
 import argparse
