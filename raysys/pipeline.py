@@ -14,6 +14,7 @@ import numpy as np
 
 from raysys.bundle import Bundle
 from raysys.models.base import Candidates, top_k
+from raysys.models.frozen_encoder import freeze
 from raysys.models.fusion import Fusion
 from raysys.pools.config import PoolConfig
 from raysys.pools.open import open_pools
@@ -88,6 +89,12 @@ class Pipeline:
         for model in self.bundle.models.values():
             if hasattr(model, "to"):
                 model.to(device)
+        return self
+
+    def frozen(self) -> "Pipeline":
+        """Encode histories in fewer operations from now on, to the same states but for rounding: for whoever answers one at a time."""
+        if "interest" in self.bundle.models:
+            freeze(self.bundle.models["interest"])
         return self
 
     def pooled(self, config: PoolConfig, *, folder: str | None = None) -> "Pipeline":

@@ -76,7 +76,7 @@ class Judge:
             rows = slice(first, first + 128)
             stages.add(self.queries[rows], self.targets[rows])
         ranks = np.concatenate(stages.ranks["final"])
-        p50_ms, per_second = self._speed(Pipeline(bundle))
+        p50_ms, per_second = self._speed(Pipeline(bundle).frozen())
         ndcg = metrics.rank_metrics(ranks, (K,))[f"ndcg@{K}"]
         return Figures(ndcg, stages.ranker_figures(self.positive)["auc"], bytes_of(bundle, packing=packing), p50_ms, per_second)
 

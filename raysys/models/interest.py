@@ -274,8 +274,14 @@ def initial_rows(first: int, stop: int, dim: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def user_states(encoder: InterestEncoder, queries: Queries) -> Tensor:
-    """(B, D) float32 state after the last event, on the encoder's device; zero for an empty history."""
+def user_states(encoder: InterestEncoder, queries: Queries, last_states: Callable[..., Tensor] | None = None) -> Tensor:
+    """(B, D) float32 state after the last event, on the encoder's device; zero for an empty history.
+
+    Args:
+        encoder: for its shape and device.
+        queries: B histories.
+        last_states: what computes instead of the encoder's own, such as `FrozenEncoder.last_states`.
+    """
     columns = ((queries.items, encoder.num_items), (queries.events, 0), (queries.gaps, 0), (queries.waits, 0))
     matrices, lengths = left_aligned(queries, encoder.config.max_length, *columns)
     filled = np.flatnonzero(lengths)
@@ -283,7 +289,7 @@ def user_states(encoder: InterestEncoder, queries: Queries) -> Tensor:
     states_BD = torch.zeros(len(queries), encoder.config.dim, device=device)
     if len(filled):
         inputs = (torch.from_numpy(array[filled]).to(device) for array in (*matrices, lengths))
-        states_BD[torch.from_numpy(filled).to(device)] = encoder.last_states(*inputs)
+        states_BD[torch.from_numpy(filled).to(device)] = (last_states or encoder.last_states)(*inputs)
     return states_BD
 
 
@@ -294,6 +300,9 @@ class InterestRetriever:
         encoder: trained; copied to the CPU.
         warm: (N,) bool, items with at least one training interaction.
         owned: nobody else has the encoder, which is on the CPU: it is taken as it is.
+
+    Attributes:
+        last_states: what encodes in place of `InterestEncoder.last_states`; None for that.
     """
 
     name = "interest"
@@ -303,7 +312,8 @@ class InterestRetriever:
         self.encoder = (encoder if owned else copy.deepcopy(encoder).cpu()).eval()
         self.warm = warm.astype(bool)
         self.item_vectors = self.encoder.item_vectors().detach().numpy()
-        self._items: Tensor | None = None  # the same on another device, where `to` moved them
+        self.last_states: Callable[..., Tensor] | None = None
+        self._items: Tensor | None = None  # the item vectors on another device, where `to` moved them
         self._remembered: Remembered | None = None
 
     def remember(self, size: int) -> None:
@@ -319,6 +329,7 @@ class InterestRetriever:
     def to(self, device: str) -> None:
         """Compute on this device of torch from now on: the encoder, and the product with all items."""
         self.encoder.to(device)
+        self.last_states = None
         self._items = None if device == "cpu" else torch.from_numpy(self.item_vectors).to(device)
 
     @property
@@ -337,14 +348,14 @@ class InterestRetriever:
 
     @torch.inference_mode()  # a third faster than without gradients alone
     def _encode(self, queries: Queries) -> np.ndarray:
-        return user_states(self.encoder, queries).cpu().numpy()
+        return user_states(self.encoder, queries, self.last_states).cpu().numpy()
 
     def scores(self, queries: Queries) -> np.ndarray:
         """(B, N) float32 logits; zero for an empty history, NO_EVIDENCE for items never interacted with and for seen ones if excluded."""
         if self._items is None:
             scores = self.user_vectors(queries) @ self.item_vectors.T
         else:
-            scores = (user_states(self.encoder, queries) @ self._items.T).cpu().numpy()
+            scores = (user_states(self.encoder, queries, self.last_states) @ self._items.T).cpu().numpy()
         scores[:, ~self.warm] = NO_EVIDENCE
         if self.encoder.config.exclude_seen:
             scores[queries.rows, queries.items] = NO_EVIDENCE
@@ -362,7 +373,7 @@ class InterestRetriever:
 
     @classmethod
     def from_arrays(cls, arrays: Arrays, meta: Meta) -> "InterestRetriever":
-        """The model back from `to_arrays`."""
+        """The model back from `to_arrays`; it takes the arrays as they are, so who gives them keeps none."""
         weights = {name.removeprefix("encoder."): torch.from_numpy(array) for name, array in arrays.items() if name != "warm"}
 
         def table(_: int) -> nn.Module:

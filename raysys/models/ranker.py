@@ -98,8 +98,12 @@ class RankerNetwork(nn.Module):
 
     def dense(self, history_BT: Tensor, lengths_B: Tensor, items_BK: Tensor, fused_BK: Tensor, log_probs_BKS: Tensor) -> Tensor:
         """(B, K, S + 7) features that need no learning."""
-        vectors_BTD, candidates_BKD = self.item_vectors[history_BT], self.item_vectors[items_BK]
-        similar_BKT = candidates_BKD @ vectors_BTD.transpose(1, 2)
+        similar_BKT = F.embedding(items_BK, self.item_vectors) @ F.embedding(history_BT, self.item_vectors).transpose(1, 2)
+        return self._dense(similar_BKT, history_BT, lengths_B, items_BK, fused_BK, log_probs_BKS)
+
+    def _dense(
+        self, similar_BKT: Tensor, history_BT: Tensor, lengths_B: Tensor, items_BK: Tensor, fused_BK: Tensor, log_probs_BKS: Tensor
+    ) -> Tensor:
         count_B1 = lengths_B.clamp(min=1)[:, None].float()
         last = (lengths_B - 1).clamp(min=0)[:, None, None].expand(-1, items_BK.shape[1], 1)
         columns = [
@@ -107,11 +111,12 @@ class RankerNetwork(nn.Module):
             similar_BKT.sum(2) / count_B1,
             similar_BKT.amax(2),
             similar_BKT.gather(2, last)[..., 0],
-            self.popularity[items_BK],
+            torch.take(self.popularity, items_BK),
             torch.log1p(lengths_B.float())[:, None].expand(-1, items_BK.shape[1]),
         ]
         if self.content_vectors.shape[1]:
-            columns.append((self.content_vectors[items_BK] @ self.content_vectors[history_BT].transpose(1, 2)).amax(2))
+            content_BKC, past_BTC = F.embedding(items_BK, self.content_vectors), F.embedding(history_BT, self.content_vectors)
+            columns.append((content_BKC @ past_BTC.transpose(1, 2)).amax(2))
         else:
             columns.append(torch.zeros_like(fused_BK))
         return torch.cat([log_probs_BKS.clamp(min=LOG_PROB_FLOOR), torch.stack(columns, dim=2)], dim=2)
@@ -129,7 +134,7 @@ class RankerNetwork(nn.Module):
             log_probs_BKS: (B, K, S) float32.
         """
         T = history_BT.shape[1]
-        vectors_BTD, candidates_BKD = self.item_vectors[history_BT], self.item_vectors[items_BK]
+        vectors_BTD, candidates_BKD = F.embedding(history_BT, self.item_vectors), F.embedding(items_BK, self.item_vectors)
         logits_BKT = self.query(candidates_BKD) @ self.key(vectors_BTD).transpose(1, 2) / self.config.attention_width**0.5
         age_BT = (lengths_B[:, None] - 1 - torch.arange(T, device=history_BT.device)).clamp(min=0)
         # Not plain indexing, which adds up its gradient in any order.
@@ -138,7 +143,8 @@ class RankerNetwork(nn.Module):
         logits_BKT = logits_BKT.masked_fill(~real_BT[:, None, :], -1e9)
         attended_BKA = logits_BKT.softmax(dim=2) @ self.value(vectors_BTD)
         crossed_BKA = attended_BKA * self.candidate(candidates_BKD)
-        dense = (self.dense(history_BT, lengths_B, items_BK, fused_BK, log_probs_BKS) - self.mean) / self.std
+        similar_BKT = candidates_BKD @ vectors_BTD.transpose(1, 2)
+        dense = (self._dense(similar_BKT, history_BT, lengths_B, items_BK, fused_BK, log_probs_BKS) - self.mean) / self.std
         hidden = self.hidden(torch.cat([dense, attended_BKA, crossed_BKA], dim=2))
         return self.relevance(hidden)[..., 0] + fused_BK, self.next(hidden)[..., 0] + self.next_slope * fused_BK
 

@@ -115,7 +115,7 @@ class Update:
 
     def _fine_tuned(self, retriever: InterestRetriever, sequences: Sequences, new: np.ndarray) -> InterestRetriever:
         """The encoder after a few steps on the users with new events; others are replayed, so that it does not forget them."""
-        clone, config = InterestRetriever.from_arrays(*retriever.to_arrays()), self.config
+        clone, config = InterestRetriever(retriever.encoder, retriever.warm), self.config
         learnt = together(sequences, self.replay)
         if self.change is not None:
             learnt = learnable_since(learnt, self.change.since)

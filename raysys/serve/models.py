@@ -83,7 +83,7 @@ class Models:
         with self._lock:
             pipeline = self._loaded.get(version)
             if pipeline is None:
-                pipeline = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only)).to(self._device)
+                pipeline = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only)).to(self._device).frozen()
                 if "interest" in pipeline.bundle.models:
                     pipeline.bundle.models["interest"].remember(self._compute.cached_histories)
                 if pipeline.sources:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from raysys.models.base import Retriever
+from raysys.models.frozen_encoder import freeze
 from raysys.models.interest import NO_EVIDENCE, InterestConfig, InterestEncoder, InterestRetriever
 from raysys.queries import GAP_CODES, Queries, gap_codes
 
@@ -201,3 +202,20 @@ def test_training_noise_is_off_in_a_retriever():
 def test_impossible_shapes_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
         InterestConfig(**wrong)
+
+
+@pytest.mark.parametrize("config", SHAPES + [dataclasses.replace(SHAPES[2], num_layers=3, num_heads=4)])
+def test_a_frozen_encoder_says_the_same_and_follows_its_table(config):
+    plain, frozen = _retriever(config=config, num_event_types=3), _retriever(config=config, num_event_types=3)
+    freeze(frozen)
+    times = [np.cumsum(np.arange(len(history)) * 40).tolist() for history in _histories()]
+    events = [[1 + place % 2 for place in range(len(history))] for history in _histories()]
+    queries = Queries.from_lists(_histories(), events=events, times=times, now=[10_000] * 6)
+    np.testing.assert_allclose(frozen.user_vectors(queries), plain.user_vectors(queries), atol=2e-5, rtol=1e-4)
+    for row in range(6):
+        one = queries[row : row + 1]
+        np.testing.assert_allclose(frozen.user_vectors(one), plain.user_vectors(one), atol=2e-5, rtol=1e-4)
+    with torch.no_grad():
+        for retriever in (plain, frozen):
+            retriever.encoder.items.weight[2:] *= -1
+    np.testing.assert_allclose(frozen.user_vectors(queries), plain.user_vectors(queries), atol=2e-5, rtol=1e-4)
