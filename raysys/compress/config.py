@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-STEPS = ("unused", "distil", "prune", "quantize")
+STEPS = ("unused", "distil", "shorten", "prune", "quantize")
 
 
 @dataclass(frozen=True)
@@ -11,7 +11,7 @@ class CompressConfig:
 
     steps: list[str] = field(default_factory=lambda: list(STEPS))
     """Tried in this order, each on what the ones before left: `unused` drops sources that no answer looks at, `distil` teaches an encoder
-    of fewer layers, `prune` shortens the rows of sparse sources, `quantize` writes int8."""
+    of fewer layers, `shorten` answers from fewer events, `prune` shortens the rows of sparse sources, `quantize` writes int8."""
     max_loss: float = 0.01
     """NDCG@10 that all steps together may lose on the validation part, relative; a step that would exceed it is left out."""
     max_queries: int = 4000
@@ -27,6 +27,8 @@ class CompressConfig:
     """Peak learning rate of the student, which starts as the teacher's lower layers."""
     distil_share: float = 0.7
     """Weight of the teacher's distribution in what the student learns; the rest is the event that came."""
+    lengths: list[float] = field(default_factory=lambda: [0.25, 0.375, 0.5, 0.75])
+    """Shares of the events that the encoder has learnt from which `shorten` tries, the fewest first."""
     neighbours: list[int] = field(default_factory=lambda: [32, 64, 128, 256])
     """Entries a row of the sparse sources that pruning tries, the fewest first."""
     seed: int = 0
@@ -39,5 +41,7 @@ class CompressConfig:
         for name in ("max_loss", "student_layers", "distil_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"expected {name} in [0, 1], got {getattr(self, name)}")
+        if not all(0 < share < 1 for share in self.lengths):
+            raise ValueError(f"expected lengths between 0 and 1, got {self.lengths}")
         if self.max_queries < 1 or self.distil_epochs < 1 or any(number < 1 for number in self.neighbours):
             raise ValueError("expected max_queries, distil_epochs and neighbours of at least 1")

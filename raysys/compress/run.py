@@ -12,7 +12,7 @@ from raysys.bundle import Bundle
 from raysys.compress.config import CompressConfig
 from raysys.compress.distil import distilled
 from raysys.compress.judge import Figures, Judge
-from raysys.compress.steps import pruned, quantized, without_unused
+from raysys.compress.steps import pruned, quantized, shortened, without_unused
 from raysys.errors import ConfigError
 from raysys.evaluate import metrics
 from raysys.prepare.dataset import Prepared
@@ -64,6 +64,10 @@ def _candidates(step: str, bundle: Bundle, prepared: Prepared, settings: Compres
         student = distilled(bundle, prepared, settings, say)
         if student is not None:
             yield f"student of {student.models['interest'].encoder.config.num_layers} layers", student
+    elif step == "shorten":
+        for share in sorted(settings.lengths):
+            if (shorter := shortened(bundle, share)) is not None:
+                yield f"the last {shorter.models['interest'].encoder.config.looked_at} events", shorter
     elif step == "prune":
         for most in sorted(settings.neighbours):
             yield f"{most} entries a row", pruned(bundle, most)
@@ -93,6 +97,7 @@ def _row(name: str, found: Figures, original: Figures, *, kept: bool) -> dict:
         "auc": found.auc,
         "smaller": original.num_bytes / found.num_bytes,
         "faster": original.p50_ms / found.p50_ms,
+        "more": found.per_second / original.per_second,
     }
 
 
@@ -102,7 +107,7 @@ def told(row: dict) -> str:
     return (
         f"{row['step']}: {row['bytes'] / 1e6:.1f} MB ({row['smaller']:.2f}x smaller), "
         f"{row['p50_ms']:.2f} ms ({row['faster']:.2f}x faster), "
-        f"{row['per_second']:,.0f}/s, ndcg@10 {row['ndcg@10']:.4f} ({row['ndcg@10_change']:+.4f}){auc}"
+        f"{row['per_second']:,.0f}/s in batches ({row['more']:.2f}x), ndcg@10 {row['ndcg@10']:.4f} ({row['ndcg@10_change']:+.4f}){auc}"
         f"{'' if row['kept'] else ': left out'}"
     )
 

@@ -23,6 +23,20 @@ def without_unused(bundle: Bundle) -> Bundle:
     return dataclasses.replace(bundle, models=kept, fusion={**bundle.fusion, "mixture": {**mixture, **parts}})
 
 
+def shortened(bundle: Bundle, share: float) -> Bundle | None:
+    """With an encoder that answers from the last events alone, a share of those it has learnt from; None where there is nothing to cut."""
+    retriever = bundle.models.get("interest")
+    if retriever is None:
+        return None
+    config = retriever.encoder.config
+    length = max(1, round(share * config.max_length))
+    if length >= config.looked_at:
+        return None
+    arrays, meta = retriever.to_arrays()
+    meta = {**meta, "config": {**meta["config"], "answer_length": length}}
+    return dataclasses.replace(bundle, models={**bundle.models, "interest": load_model("interest", arrays, meta)})
+
+
 def pruned(bundle: Bundle, most: int) -> Bundle:
     """With at most so many entries, the largest ones, in each row of the sparse sources."""
     models = dict(bundle.models)

@@ -54,6 +54,9 @@ class InterestConfig:
     """Learn a vector for how long ago each event was when the next one came, and the last one when the answer is asked for; likewise."""
     temperature: float = 0.07
     """Logits are cosines of state and item vector divided by this, so that frequent items cannot win by length; 0 for dot products."""
+    answer_length: int | None = None
+    """Last events that an answer looks at, where that is less than it has learnt from; None for all `max_length`. The cost of an answer
+    falls with it (`raysys compress` tries some)."""
     exclude_seen: bool = False
     """Learn and tell apart only items that the history does not hold, which is what answers are made of: states need not turn away from
     what the user likes. Items of the history get no evidence, so keep it off where answers may repeat them."""
@@ -64,12 +67,19 @@ class InterestConfig:
         for name in ("dim", "num_layers", "num_heads", "max_length", "ffn_multiplier"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.answer_length is not None and not 1 <= self.answer_length <= self.max_length:
+            raise ValueError(f"expected answer_length from 1 to max_length ({self.max_length}), or null, got {self.answer_length}")
         if self.temperature < 0:
             raise ValueError(f"expected temperature >= 0, got {self.temperature}")
         if self.dim % self.num_heads:
             raise ValueError(f"expected num_heads to divide dim, got dim={self.dim}, num_heads={self.num_heads}")
         if self.positions == "rotary" and self.dim // self.num_heads % 2:
             raise ValueError(f"expected an even width of heads for rotary positions, got dim={self.dim}, num_heads={self.num_heads}")
+
+    @property
+    def looked_at(self) -> int:
+        """Last events that an answer looks at."""
+        return self.answer_length or self.max_length
 
 
 class Block(nn.Module):
@@ -283,7 +293,7 @@ def user_states(encoder: InterestEncoder, queries: Queries, last_states: Callabl
         last_states: what computes instead of the encoder's own, such as `FrozenEncoder.last_states`.
     """
     columns = ((queries.items, encoder.num_items), (queries.events, 0), (queries.gaps, 0), (queries.waits, 0))
-    matrices, lengths = left_aligned(queries, encoder.config.max_length, *columns)
+    matrices, lengths = left_aligned(queries, encoder.config.looked_at, *columns)
     filled = np.flatnonzero(lengths)
     device = encoder.items.weight.device
     states_BD = torch.zeros(len(queries), encoder.config.dim, device=device)
@@ -319,7 +329,7 @@ class InterestRetriever:
     def remember(self, size: int) -> None:
         """Keep the vectors of the histories asked for last, at most `size`; 0 keeps none. For a process that serves."""
         config = self.encoder.config
-        self._remembered = Remembered(self._encode, config.max_length, size, recency=config.recency) if size else None
+        self._remembered = Remembered(self._encode, config.looked_at, size, recency=config.recency) if size else None
 
     @classmethod
     def from_encoder(cls, encoder: InterestEncoder, item_counts: np.ndarray) -> "InterestRetriever":

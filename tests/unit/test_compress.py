@@ -11,12 +11,13 @@ from raysys.bundle import Bundle
 from raysys.compress.config import CompressConfig
 from raysys.compress.distil import distilled
 from raysys.compress.run import compress
-from raysys.compress.steps import pruned, without_unused
+from raysys.compress.steps import pruned, shortened, without_unused
 from raysys.compress.teachers import teacher_of
 from raysys.errors import ConfigError
 from raysys.models.fusion import log_softmax
 from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetriever
 from raysys.prepare.dataset import Prepared
+from raysys.queries import Queries
 from raysys.train.batches import InMemory
 from raysys.train.encoder import EncoderTrainConfig, train_encoder
 from tests import planted
@@ -62,6 +63,17 @@ def test_a_student_of_half_the_layers_keeps_the_stated_loss(deep_bundle, prepare
     assert last["bytes"] == pytest.approx(sum(entry.stat().st_size for entry in (tmp_path / "small").iterdir()), rel=0.2)
     assert last["smaller"] > 1.5
     assert small.manifest["compression"]["from"] == original.version and small.manifest["events"] == original.events
+
+
+def test_an_answer_from_fewer_events_is_that_of_a_shorter_history(deep_bundle):
+    bundle, histories = Bundle.open(deep_bundle), [list(range(row, row + 14)) for row in range(5)]
+    short = shortened(bundle, 0.5)
+    assert short.models["interest"].encoder.config.looked_at == 8 and shortened(short, 0.75) is None
+    whole, cut = Queries.from_lists(histories), Queries.from_lists([history[-8:] for history in histories])
+    np.testing.assert_allclose(short.models["interest"].user_vectors(whole), bundle.models["interest"].user_vectors(cut), atol=1e-5)
+    assert np.abs(short.models["interest"].user_vectors(whole) - bundle.models["interest"].user_vectors(whole)).max() > 1e-3
+    loaded = type(bundle.models["interest"]).from_arrays(*short.models["interest"].to_arrays())
+    assert loaded.encoder.config.looked_at == 8
 
 
 def test_a_student_is_nearer_to_its_teacher_than_the_layers_it_began_with(deep_bundle, prepared):
@@ -149,7 +161,7 @@ def test_wrong_calls_say_what_was_expected(deep_bundle, prepared, tmp_path, caps
     Bundle.open(deep_bundle).write(seen, manifest={**planted.manifest(), "fit": "train+valid"})
     with pytest.raises(ConfigError, match="fitted on train"):
         compress(seen, prepared, str(tmp_path / "out"), CompressConfig())
-    with pytest.raises(ValueError, match="unused, distil, prune, quantize"):
+    with pytest.raises(ValueError, match="unused, distil, shorten, prune, quantize"):
         CompressConfig(steps=["shrink"])
     code = cli.main(["compress", deep_bundle, "--prepared", prepared, "--out", str(tmp_path / "out"), "--max-loss", "much"])
     assert code != 0 and "--max-loss: expected a share" in capsys.readouterr().err
