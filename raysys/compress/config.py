@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-STEPS = ("unused", "distil", "shorten", "prune", "quantize")
+STEPS = ("unused", "distil", "shorten", "narrow", "prune", "quantize")
 
 
 @dataclass(frozen=True)
@@ -11,7 +11,8 @@ class CompressConfig:
 
     steps: list[str] = field(default_factory=lambda: list(STEPS))
     """Tried in this order, each on what the ones before left: `unused` drops sources that no answer looks at, `distil` teaches an encoder
-    of fewer layers, `shorten` answers from fewer events, `prune` shortens the rows of sparse sources, `quantize` writes int8."""
+    of fewer layers, `shorten` answers from fewer events, `narrow` leaves content vectors fewer dimensions, `prune` shortens the rows of
+    sparse sources, `quantize` writes int8."""
     max_loss: float = 0.01
     """NDCG@10 that all steps together may lose on the validation part, relative; a step that would exceed it is left out."""
     max_queries: int = 4000
@@ -29,6 +30,8 @@ class CompressConfig:
     """Weight of the teacher's distribution in what the student learns; the rest is the event that came."""
     lengths: list[float] = field(default_factory=lambda: [0.25, 0.375, 0.5, 0.75])
     """Shares of the events that the encoder has learnt from which `shorten` tries, the fewest first."""
+    widths: list[int] = field(default_factory=lambda: [64, 128, 192])
+    """Dimensions of content vectors that `narrow` tries, the fewest first."""
     neighbours: list[int] = field(default_factory=lambda: [32, 64, 128, 256])
     """Entries a row of the sparse sources that pruning tries, the fewest first."""
     seed: int = 0
@@ -43,5 +46,5 @@ class CompressConfig:
                 raise ValueError(f"expected {name} in [0, 1], got {getattr(self, name)}")
         if not all(0 < share < 1 for share in self.lengths):
             raise ValueError(f"expected lengths between 0 and 1, got {self.lengths}")
-        if self.max_queries < 1 or self.distil_epochs < 1 or any(number < 1 for number in self.neighbours):
-            raise ValueError("expected max_queries, distil_epochs and neighbours of at least 1")
+        if self.max_queries < 1 or self.distil_epochs < 1 or any(number < 1 for number in (*self.neighbours, *self.widths)):
+            raise ValueError("expected max_queries, distil_epochs, widths and neighbours of at least 1")

@@ -12,10 +12,13 @@ from raysys.bundle import Bundle
 from raysys.compress.config import CompressConfig
 from raysys.compress.distil import distilled
 from raysys.compress.judge import Figures, Judge
-from raysys.compress.steps import pruned, quantized, shortened, without_unused
+from raysys.compress.steps import narrowed, pruned, quantized, shortened, without_unused
 from raysys.errors import ConfigError
 from raysys.evaluate import metrics
 from raysys.prepare.dataset import Prepared
+
+LESS, MORE = 0.98, 1.1
+"""A step has to leave at most this share of the bytes, or answer this many times as many requests a second; less is noise."""
 
 
 def compress(model_uri: str, prepared_uri: str, out: str, settings: CompressConfig, say=print) -> dict:
@@ -39,17 +42,16 @@ def compress(model_uri: str, prepared_uri: str, out: str, settings: CompressConf
     bundle, prepared = Bundle.open(model_uri), Prepared.open(prepared_uri)
     judge = Judge(prepared, bundle, settings.max_queries, settings.seed)
     original = judge.figures(bundle, packing=False)
-    rows, packing = [_row("original", original, original, kept=True)], False
+    rows, packing, last = [_row("original", original, original, kept=True)], False, original
     say(told(rows[0]))
     for step in settings.steps:
         for name, candidate in _candidates(step, bundle, prepared, settings, say):
             found = judge.figures(candidate, packing=packing or step == "quantize")
-            loss = _loss(original, found)
-            kept = loss <= settings.max_loss
+            kept = _loss(original, found) <= settings.max_loss and _gains(last, found)
             rows.append(_row(name, found, original, kept=kept))
             say(told(rows[-1]))
             if kept:
-                bundle, packing = candidate, packing or step == "quantize"
+                bundle, packing, last = candidate, packing or step == "quantize", found
                 break
     report = {"from": bundle.version, "max_loss": settings.max_loss, "steps": rows, "settings": asdict(settings)}
     version = replace(bundle, manifest={}).write(out, manifest={**bundle.told, "compression": report}, packing=packing)
@@ -68,6 +70,10 @@ def _candidates(step: str, bundle: Bundle, prepared: Prepared, settings: Compres
         for share in sorted(settings.lengths):
             if (shorter := shortened(bundle, share)) is not None:
                 yield f"the last {shorter.models['interest'].encoder.config.looked_at} events", shorter
+    elif step == "narrow":
+        for width in sorted(settings.widths):
+            if (narrower := narrowed(bundle, width)) is not None:
+                yield f"content in {width} dimensions", narrower
     elif step == "prune":
         for most in sorted(settings.neighbours):
             yield f"{most} entries a row", pruned(bundle, most)
@@ -79,6 +85,11 @@ def _loss(original: Figures, found: Figures) -> float:
     """Relative NDCG that is lost; negative where it is gained."""
     before = float(original.ndcg.mean())
     return (before - float(found.ndcg.mean())) / before if before > 0 else 0.0
+
+
+def _gains(last: Figures, found: Figures) -> bool:
+    """Whether a step is worth any loss at all: what it loses, later steps may not."""
+    return found.num_bytes < LESS * last.num_bytes or found.per_second > MORE * last.per_second
 
 
 def _row(name: str, found: Figures, original: Figures, *, kept: bool) -> dict:

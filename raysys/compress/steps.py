@@ -6,6 +6,7 @@ import numpy as np
 
 from raysys.bundle import Bundle, load_model
 from raysys.models.base import Arrays
+from raysys.models.content import projected
 from raysys.packing import packed, unpacked
 
 ALWAYS = ("popularity", "content", "ranker")
@@ -35,6 +36,25 @@ def shortened(bundle: Bundle, share: float) -> Bundle | None:
     arrays, meta = retriever.to_arrays()
     meta = {**meta, "config": {**meta["config"], "answer_length": length}}
     return dataclasses.replace(bundle, models={**bundle.models, "interest": load_model("interest", arrays, meta)})
+
+
+def narrowed(bundle: Bundle, width: int) -> Bundle | None:
+    """With content vectors on their principal axes alone, in retrieval and in the ranker; None where they are no wider.
+
+    Axes of the second moment, not of the covariance: cosines are about the origin.
+    """
+    content = bundle.models.get("content")
+    if content is None or content.item_vectors.shape[1] <= width:
+        return None
+    moment = content.item_vectors.T.astype(np.float64) @ content.item_vectors
+    axes = np.ascontiguousarray(np.linalg.eigh(moment)[1][:, ::-1][:, :width].astype(np.float32))
+    models = {**bundle.models, "content": content.narrowed(axes)}
+    if "ranker" in models:
+        arrays, meta = models["ranker"].to_arrays()
+        if arrays["content_vectors"].shape[1]:
+            arrays["content_vectors"] = projected(arrays["content_vectors"].astype(np.float32), axes)
+            models["ranker"] = load_model("ranker", arrays, meta)
+    return dataclasses.replace(bundle, models=models)
 
 
 def pruned(bundle: Bundle, most: int) -> Bundle:

@@ -34,16 +34,18 @@ class ContentNeighbours:
 
     Args:
         vectors: (N, D) float32 centred unit vectors; zero where an item has no text.
-        mean: (D,) float32 what was taken out; `transform` does it for new items.
+        mean: (R,) float32 what was taken out of the encoder's output; `transform` does it for new items.
         config: settings.
+        axes: (R, D) float32 orthonormal directions that are left of the encoder's R; None where all are.
     """
 
     name = "content"
     evidence = None
     excludes_history = False
 
-    def __init__(self, vectors: np.ndarray, mean: np.ndarray, config: ContentConfig | None = None):
+    def __init__(self, vectors: np.ndarray, mean: np.ndarray, config: ContentConfig | None = None, axes: np.ndarray | None = None):
         self.item_vectors, self.mean, self.config = vectors.astype(np.float32), mean.astype(np.float32), config or ContentConfig()
+        self.axes = axes
 
     @classmethod
     def fit(cls, raw: np.ndarray, config: ContentConfig | None = None) -> "ContentNeighbours":
@@ -58,8 +60,18 @@ class ContentNeighbours:
         return cls(_centred(raw, mean), mean, config)
 
     def transform(self, raw: np.ndarray) -> np.ndarray:
-        """(M, D) encoder output of new items in the space of `item_vectors`."""
-        return _centred(raw, self.mean)
+        """(M, D) float32 unit vectors of (M, R) encoder output of new items, in the space of `item_vectors`."""
+        centred = _centred(raw, self.mean)
+        return centred if self.axes is None else projected(centred, self.axes)
+
+    def with_vectors(self, vectors: np.ndarray) -> "ContentNeighbours":
+        """The same space with other items, (M, D) float32."""
+        return ContentNeighbours(vectors, self.mean, self.config, self.axes)
+
+    def narrowed(self, axes: np.ndarray) -> "ContentNeighbours":
+        """In fewer dimensions; (D, D') orthonormal axes of the present ones."""
+        whole = axes if self.axes is None else self.axes @ axes
+        return ContentNeighbours(projected(self.item_vectors, axes), self.mean, self.config, whole)
 
     def user_vectors(self, queries: Queries) -> np.ndarray:
         """(B, D) float32 unit profile of each history; zero without content."""
@@ -74,12 +86,20 @@ class ContentNeighbours:
 
     def to_arrays(self) -> tuple[Arrays, Meta]:
         """Vectors in half precision: a cosine needs three digits, the file halves."""
-        return {"vectors": self.item_vectors.astype(np.float16), "mean": self.mean}, {"config": asdict(self.config)}
+        arrays: Arrays = {"vectors": self.item_vectors.astype(np.float16), "mean": self.mean}
+        if self.axes is not None:
+            arrays["axes"] = self.axes
+        return arrays, {"config": asdict(self.config)}
 
     @classmethod
     def from_arrays(cls, arrays: Arrays, meta: Meta) -> "ContentNeighbours":
         """The model back from `to_arrays`."""
-        return cls(arrays["vectors"].astype(np.float32), arrays["mean"], ContentConfig(**meta["config"]))
+        return cls(arrays["vectors"].astype(np.float32), arrays["mean"], ContentConfig(**meta["config"]), arrays.get("axes"))
+
+
+def projected(vectors: np.ndarray, axes: np.ndarray) -> np.ndarray:
+    """(M, D') float32 unit vectors of (M, D) in the directions of (D, D') orthonormal axes; zero stays zero."""
+    return _unit(vectors @ axes).astype(np.float32)
 
 
 def _centred(raw: np.ndarray, mean: np.ndarray) -> np.ndarray:

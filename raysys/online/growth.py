@@ -41,7 +41,7 @@ def grown(bundle: Bundle, new_items: Mapping[str, Mapping[str, Any]]) -> Bundle:
     vectors = _content_of(models.get("content"), list(new_items.values()))
     if "content" in models:
         old = models["content"]
-        models["content"] = ContentNeighbours(np.concatenate([old.item_vectors, vectors]), old.mean, old.config)
+        models["content"] = old.with_vectors(np.concatenate([old.item_vectors, vectors]))
     known = bundle.items["num_train"].to_numpy() > 0
     mix = neighbour_weights(bundle.content_vectors, vectors, known)
     placed = np.any(vectors != 0, axis=1) if bundle.content_vectors is not None else np.zeros(len(new_items), bool)

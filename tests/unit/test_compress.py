@@ -11,9 +11,10 @@ from raysys.bundle import Bundle
 from raysys.compress.config import CompressConfig
 from raysys.compress.distil import distilled
 from raysys.compress.run import compress
-from raysys.compress.steps import pruned, shortened, without_unused
+from raysys.compress.steps import narrowed, pruned, shortened, without_unused
 from raysys.compress.teachers import teacher_of
 from raysys.errors import ConfigError
+from raysys.models.content import projected
 from raysys.models.fusion import log_softmax
 from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetriever
 from raysys.prepare.dataset import Prepared
@@ -74,6 +75,27 @@ def test_an_answer_from_fewer_events_is_that_of_a_shorter_history(deep_bundle):
     assert np.abs(short.models["interest"].user_vectors(whole) - bundle.models["interest"].user_vectors(whole)).max() > 1e-3
     loaded = type(bundle.models["interest"]).from_arrays(*short.models["interest"].to_arrays())
     assert loaded.encoder.config.looked_at == 8
+
+
+def test_content_on_its_principal_axes_keeps_the_cosines_that_it_can(deep_bundle, planted_bundle):
+    """Vectors that lie in three dimensions of more lose nothing in three; new items land where the known ones are."""
+    bundle = Bundle.open(planted_bundle)
+    content, rng = bundle.models["content"], np.random.default_rng(0)
+    wide = content.item_vectors.shape[1]
+    plane = np.linalg.qr(rng.normal(size=(wide, 3)))[0].astype(np.float32)
+    flat = projected(rng.normal(size=(bundle.items.num_rows, 3)).astype(np.float32), plane.T)
+    bundle.models["content"] = content.with_vectors(flat)
+    small = narrowed(bundle, 3)
+    after = small.models["content"]
+    assert after.item_vectors.shape == (bundle.items.num_rows, 3) and narrowed(small, 3) is None
+    np.testing.assert_allclose(after.item_vectors @ after.item_vectors.T, flat @ flat.T, atol=1e-4)
+    raw = rng.normal(size=(4, wide)).astype(np.float32)
+    np.testing.assert_allclose(after.transform(raw), projected(content.transform(raw), after.axes), atol=1e-5)
+    assert small.models["ranker"].network.content_vectors.shape[1] == 3
+    twice = narrowed(small, 2).models["content"]
+    np.testing.assert_allclose(twice.transform(raw), projected(after.transform(raw), after.axes.T @ twice.axes), atol=1e-4)
+    again = type(after).from_arrays(*after.to_arrays())
+    np.testing.assert_allclose(again.transform(raw), after.transform(raw), atol=1e-5)
 
 
 def test_a_student_is_nearer_to_its_teacher_than_the_layers_it_began_with(deep_bundle, prepared):
@@ -161,7 +183,7 @@ def test_wrong_calls_say_what_was_expected(deep_bundle, prepared, tmp_path, caps
     Bundle.open(deep_bundle).write(seen, manifest={**planted.manifest(), "fit": "train+valid"})
     with pytest.raises(ConfigError, match="fitted on train"):
         compress(seen, prepared, str(tmp_path / "out"), CompressConfig())
-    with pytest.raises(ValueError, match="unused, distil, shorten, prune, quantize"):
+    with pytest.raises(ValueError, match="unused, distil, shorten, narrow, prune, quantize"):
         CompressConfig(steps=["shrink"])
     code = cli.main(["compress", deep_bundle, "--prepared", prepared, "--out", str(tmp_path / "out"), "--max-loss", "much"])
     assert code != 0 and "--max-loss: expected a share" in capsys.readouterr().err
