@@ -232,7 +232,7 @@ def age(bundle: str, tail: dict[str, list], items: dict[str, dict], folder: str)
                 if at % CHANGED_EVERY == 0:
                     changed_ms.append(until_changed_ms(client, user))
                 if at % APPEARED_EVERY == 0:
-                    appeared_s.append(until_recommended_s(client, f"age-{at}", user, items[item]))
+                    appeared_s.append(until_recommended_s(client, f"age-{at}", item, items[item]))
                 if sum(one.get("version") in answered for one in reports if one["status"] == "published") >= AGE_ROUNDS:
                     break
                 if len(reports) > 3 * AGE_ROUNDS:
@@ -297,14 +297,15 @@ def until_changed_ms(client: Client, user: str) -> float:
     return (time.perf_counter() - started) * 1000
 
 
-def until_recommended_s(client: Client, item: str, user: str, like: dict) -> float:
-    """From the answer to an upsert to an answer that recommends the item, to somebody who has just chosen one with the same attributes.
+def until_recommended_s(client: Client, item: str, chosen: str, like: dict) -> float:
+    """From the answer to an upsert to an answer that recommends the item, to somebody of whom only a choice with its attributes is known.
 
-    The item is deleted then, so that the next one does not compete with it.
+    A user with more of a past may have fifteen items that fit better. The item is deleted then, so that the next one does not compete
+    with it.
     """
     client.post("/v1/items", {"items": [{"item_id": item, **like}]})
     started = time.perf_counter()
-    while item not in [one["item_id"] for one in client.post("/v1/recommend", {"user_id": user, "n": SHOWN})["items"]]:
+    while item not in [one["item_id"] for one in client.post("/v1/recommend", {"history": [chosen], "n": SHOWN})["items"]]:
         if time.perf_counter() - started > 6 * APPEAR_S:
             break  # a miss that counts as long as was waited
         time.sleep(0.02)

@@ -71,7 +71,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=15, help="of each load by wrk")
     parser.add_argument("--min-events", type=int, default=50, help="shortest history of the users asked for")
     parser.add_argument("--max-events", type=int, default=200, help="longest")
-    parser.add_argument("--out", default=None, help="folder of load.json")
+    parser.add_argument("--out", default=None, help="folder of the JSON")
+    parser.add_argument("--name", default="load", help="of the JSON, where one folder takes several")
     arguments = parser.parse_args()
     if shutil.which("wrk") is None:
         raise SystemExit("expected wrk on the PATH; on Debian and Ubuntu: apt-get install wrk")
@@ -93,11 +94,11 @@ def main() -> None:
             f"{row['series']:<12}{row['items']:>10,}{''.join(f'{value:>9.2f}ms' for value in times)}"
             f"{row['per_second']:>12.0f}{row['errors']:>8.0f}"
         )
-    result = {"name": "load", "rows": rows, "bars": judged, "figures": {}, "about": about(arguments)}
+    result = {"name": arguments.name, "rows": rows, "bars": judged, "figures": {}, "about": about(arguments)}
     for bar in result["bars"]:
         print(f"{'met' if bar['met'] else 'missed'}  {bar['what']}: {bar['measured']:.2f} ({bar['bar']})")
     if arguments.out:
-        storage.write_json(storage.join(arguments.out, "load.json"), result)
+        storage.write_json(storage.join(arguments.out, f"{arguments.name}.json"), result)
 
 
 def published(arguments: argparse.Namespace, size: int | None, folder: str) -> tuple[list[str], int]:
