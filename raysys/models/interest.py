@@ -383,8 +383,9 @@ class InterestRetriever:
 
     @classmethod
     def from_arrays(cls, arrays: Arrays, meta: Meta) -> "InterestRetriever":
-        """The model back from `to_arrays`; it takes the arrays as they are, so who gives them keeps none."""
-        weights = {name.removeprefix("encoder."): torch.from_numpy(array) for name, array in arrays.items() if name != "warm"}
+        """The model back from `to_arrays`; it takes arrays that may be written to as they are, so who gives them keeps none."""
+        own = {name: array if array.flags.writeable else array.copy() for name, array in arrays.items() if name != "warm"}
+        weights = {name.removeprefix("encoder."): torch.from_numpy(array) for name, array in own.items()}
 
         def table(_: int) -> nn.Module:
             # As it is: drawing a large one at random first takes minutes, and a mapped one is shared by all replicas of a node.

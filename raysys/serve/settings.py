@@ -3,9 +3,12 @@
 FAST_SETTINGS = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    # Two lines of HAProxy's configuration: Ray writes the value into it as it stands, and has no setting for the second. HAProxy sends
-    # a request again only if it had all of it when it sent it first, and many clients send headers and body apart.
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response\n    option http-buffer-request",
+    # Lines of HAProxy's configuration: Ray writes the value into it as it stands, and has no setting for the others. HAProxy sends a
+    # request again only if it had all of it when it sent it first, and many clients send headers and body apart. It waits 10 s for
+    # that, or for its buffer (16 KB) to fill; a connection may be idle for longer, which without the last line would be as long.
+    "RAY_SERVE_HAPROXY_RETRY_ON": (
+        "conn-failure empty-response\n    option http-buffer-request\n    timeout http-request 10s\n    timeout http-keep-alive 1h"
+    ),
     # HAProxy takes a server for dead after three refused connections; with its own three tries the first request would use them all up.
     "RAY_SERVE_HAPROXY_RETRIES": "10",
 }

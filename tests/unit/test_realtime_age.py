@@ -45,13 +45,11 @@ def test_an_event_changes_the_next_answer(client):
 
 
 def test_a_new_item_is_recommended_and_taken_back(client):
-    client.post("/v1/events", {"events": [{"user_id": "ann", "item_id": "item-020", "event": "rating", "value": 5}]})
-    assert REPLAY["until_recommended_s"](client, "age-1", "ann", like(20)) < 5
-    answer = client.post("/v1/recommend", {"user_id": "ann", "n": 50})
+    assert REPLAY["until_recommended_s"](client, "age-1", "item-020", like(20)) < 5
+    answer = client.post("/v1/recommend", {"history": ["item-020"], "n": 50})
     assert "age-1" not in [one["item_id"] for one in answer["items"]]
 
 
 def test_an_item_that_never_appears_counts_as_long_as_was_waited(client, monkeypatch):
     monkeypatch.setitem(REPLAY["until_recommended_s"].__globals__, "APPEAR_S", 0.05)
-    client.post("/v1/events", {"events": [{"user_id": "ann", "item_id": "item-020", "event": "rating", "value": 5}]})
-    assert REPLAY["until_recommended_s"](client, "age-2", "ann", {"title": "qqqq", "available": False}) > 0.3
+    assert REPLAY["until_recommended_s"](client, "age-2", "item-020", {"title": "qqqq", "available": False}) > 0.3
