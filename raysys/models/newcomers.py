@@ -11,7 +11,7 @@ from raysys.models.base import top_k
 from raysys.models.interest import InterestRetriever
 
 AT_ONCE = 256
-"""New items that are compared with the catalogue together."""
+"""Items that are compared with the catalogue together."""
 MAX_PRODUCTS = 2_000_000_000
 """Comparisons of content vectors at most; where there are more new items, the last ones stay without a place."""
 NEIGHBOURS = 10

@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 
 from raysys.models.interest import InterestEncoder
-from raysys.models.newcomers import nearest, stood_in
-
-AT_ONCE = 256
-"""Items that are compared with the catalogue together."""
+from raysys.models.newcomers import AT_ONCE, nearest, stood_in
 
 
 class StandIns:
