@@ -116,10 +116,13 @@ def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     if k < scores.shape[1]:
         # Threshold first, so that the winners among equal scores do not depend on the partition.
         threshold = np.partition(scores, scores.shape[1] - k, axis=1)[:, -k][:, None]
-        if (np.count_nonzero(scores >= threshold, axis=1) == k).all():
-            columns = np.nonzero(scores >= threshold)[1].reshape(len(scores), k)
-        else:
+        chosen = scores >= threshold
+        surplus = np.count_nonzero(chosen, axis=1) - k
+        if (surplus < 0).any():  # values that are not numbers
             return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        for row in np.flatnonzero(surplus):
+            chosen[row, np.flatnonzero(scores[row] == threshold[row])[-surplus[row] :]] = False
+        columns = np.nonzero(chosen)[1].reshape(len(scores), k)
         order = np.argsort(-np.take_along_axis(scores, columns, 1), axis=1, kind="stable")
         return np.take_along_axis(columns, order, 1)
     return np.argsort(-scores, axis=1, kind="stable")
