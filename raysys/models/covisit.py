@@ -15,7 +15,7 @@ from scipy import sparse
 
 from raysys.errors import SchemaError
 from raysys.models.base import Arrays, Meta
-from raysys.models.neighbours import faded_history, strongest
+from raysys.models.neighbours import faded_events, faded_history, strongest, summed_rows
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
 
@@ -179,7 +179,8 @@ class Covisitation:
 
     def scores(self, queries: Queries) -> np.ndarray:
         """(B, N) float32 `sums`, zeros spelt out."""
-        return self.sums(queries).toarray().astype(np.float32, copy=False)
+        weights, config = _weights_of(queries.events, self.event_weights), self.config
+        return summed_rows(faded_events(queries, weights, decay=config.session_decay, longest=config.max_history), self.matrix)
 
     def sums(self, queries: Queries) -> sparse.csr_array:
         """(B, N) CSR float32 sum over the history of decayed similarity; 0 where nothing is known."""

@@ -1,34 +1,69 @@
 """What models share that are a sparse (N, N) matrix of history item to candidate: asking it with a faded history.
 
-Legend: B queries, N items, E events of all queries, K items asked about.
+Legend: B queries, N items, E events of all queries, e those that count, K items asked about.
 """
 
+import numba
 import numpy as np
 from scipy import sparse
 
 from raysys.queries import Queries
 
 
-def faded_history(queries: Queries, weights: np.ndarray, *, decay: float, longest: int, num_items: int) -> sparse.csr_array:
-    """(B, N) CSR float32 weight of each history item, faded by its place from the end.
+def faded_events(queries: Queries, weights: np.ndarray, *, decay: float, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Events of the histories that count, each faded by its place from the end.
 
     Args:
         queries: B histories.
         weights: (E,) float32 weight of each event; those of weight 0 take no place.
         decay: weight of an event relative to the one after it.
         longest: last events of a history that are looked at.
-        num_items: N.
+
+    Returns:
+        Items (e,) int32 and weights (e,) float32, and where each history begins in them, (B + 1,) int64.
     """
-    rows = queries.rows[weights > 0]
-    items, weights = queries.items[weights > 0], weights[weights > 0]
+    counted = weights > 0
+    rows, items, weights = queries.rows[counted], queries.items[counted], weights[counted]
     ends = np.cumsum(np.bincount(rows, minlength=len(queries)))
     from_end = ends[rows] - 1 - np.arange(len(rows))
     weights = weights * np.float32(decay) ** from_end.astype(np.float32)
     weights[from_end >= longest] = 0
-    history = sparse.csr_array((weights, items, np.concatenate([[0], ends])), shape=(len(queries), num_items))
+    return items, weights, np.concatenate([[0], ends])
+
+
+def faded_history(queries: Queries, weights: np.ndarray, *, decay: float, longest: int, num_items: int) -> sparse.csr_array:
+    """(B, N) CSR float32 weight of each history item; arguments as for `faded_events`."""
+    items, weights, indptr = faded_events(queries, weights, decay=decay, longest=longest)
+    history = sparse.csr_array((weights, items, indptr), shape=(len(queries), num_items))
     history.sum_duplicates()
     history.eliminate_zeros()
     return history
+
+
+def summed_rows(events: tuple[np.ndarray, np.ndarray, np.ndarray], matrix: sparse.csr_array) -> np.ndarray:
+    """(B, N) float32 sum over each history of its items' rows of an (N, N) matrix, times their weights.
+
+    Args:
+        events: what `faded_events` gives.
+        matrix: CSR float32.
+    """
+    items, weights, indptr = events
+    sums = np.zeros((len(indptr) - 1, matrix.shape[1]), np.float32)
+    _add_rows(sums, items, weights, indptr, matrix.indptr, matrix.indices, matrix.data)
+    return sums
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_rows(sums, items, weights, starts, indptr, indices, data):  # pragma: no cover - compiled
+    # A product of two sparse matrices finds out first what its result will hold; where that is spelt out anyway it is not needed.
+    for row in range(sums.shape[0]):
+        into = sums[row]
+        for event in range(starts[row], starts[row + 1]):
+            weight = weights[event]
+            if weight == 0:
+                continue
+            for at in range(indptr[items[event]], indptr[items[event] + 1]):
+                into[indices[at]] += weight * data[at]
 
 
 def strongest(history: sparse.csr_array, matrix: sparse.csr_array, items: np.ndarray) -> np.ndarray:

@@ -39,6 +39,16 @@ def test_pairs_give_what_the_positions_give():
     np.testing.assert_allclose(model.matrix.toarray(), regressed(histories, 7, config), rtol=1e-3, atol=1e-5)
 
 
+def test_scores_are_the_sums_spelt_out():
+    rng = np.random.default_rng(0)
+    histories = [rng.integers(0, 7, length).tolist() for length in (5, 1, 0, 8, 2, 6)]
+    model = Linear.fit(pieces(histories), 7, LinearConfig(window=4))
+    queries = Queries.from_lists(histories)  # items come twice in some
+    scores = model.scores(queries)
+    assert scores.dtype == np.float32 and np.count_nonzero(scores) > 20
+    np.testing.assert_allclose(scores, model.sums(queries).toarray(), atol=1e-6)
+
+
 def test_one_pair_by_hand():
     """Item 0 is seen once with its next event: gram 1, penalties 1 + 1, cross 1. A third."""
     model = Linear.fit(pieces([[0, 1]]), 3, LinearConfig(ridge=1.0, own_ridge=1.0))
