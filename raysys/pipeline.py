@@ -14,8 +14,10 @@ import numpy as np
 
 from raysys.bundle import Bundle
 from raysys.models.base import Candidates, top_k
-from raysys.models.frozen_encoder import freeze
+from raysys.models.frozen_encoder import freeze_encoder
+from raysys.models.frozen_ranker import freeze_ranker
 from raysys.models.fusion import Fusion
+from raysys.models.popularity import Popularity
 from raysys.pools.config import PoolConfig
 from raysys.pools.open import open_pools
 from raysys.pools.retrieve import Pools
@@ -44,8 +46,8 @@ class Retrieved:
 
     Attributes:
         candidates: K per query, best fused first.
-        profiles: (B, D) float32 content profile of each history; None without content vectors.
-        affinity: (B, LIVE_MAX_RANK) float32 content scores of the best fitting catalogue items that may be answered, descending.
+        profiles: (B, D) float32 content profile of each history; None where nobody wants it, or without content vectors.
+        affinity: (B, closest) float32 content scores of the best fitting catalogue items that may be answered, descending; likewise.
     """
 
     candidates: Candidates
@@ -92,9 +94,11 @@ class Pipeline:
         return self
 
     def frozen(self) -> "Pipeline":
-        """Encode histories in fewer operations from now on, to the same states but for rounding: for whoever answers one at a time."""
+        """Encode and rank in fewer operations from now on, to the same figures but for rounding: for whoever answers one at a time."""
         if "interest" in self.bundle.models:
-            freeze(self.bundle.models["interest"])
+            freeze_encoder(self.bundle.models["interest"])
+        if self.ranker is not None:
+            freeze_ranker(self.ranker)
         return self
 
     def pooled(self, config: PoolConfig, *, folder: str | None = None) -> "Pipeline":
@@ -108,8 +112,17 @@ class Pipeline:
         return self.bundle.items.num_rows
 
     def source_log_probs(self, queries: Queries) -> dict[str, np.ndarray]:
-        """(B, N) float32 log-probability of the next item under each source in use, of every item whatever the catalogue's size."""
-        return {name: self.fusion.log_probs(model.scores(queries), name) for name, model in self.sources.items()}
+        """(B, N) float32 log-probability of the next item under each source in use, of every item whatever the catalogue's size.
+
+        Read-only, since what is the same for all queries is computed once for all.
+        """
+        found = {}
+        for name, model in self.sources.items():
+            alike = isinstance(model, Popularity)
+            found[name] = self.fusion.log_probs(model.log_counts[None, :] if alike else model.scores(queries), name)
+            if alike:
+                found[name] = np.broadcast_to(found[name], (len(queries), self.num_items))
+        return found
 
     def retrieve(
         self,
@@ -119,6 +132,7 @@ class Pipeline:
         allowed: np.ndarray | None = None,
         blocked: Blocked | None = None,
         log_probs: dict[str, np.ndarray] | None = None,
+        closest: int = 0,
     ) -> Retrieved:
         """Fuse the sources over the catalogue, mask, take the best; from pools where there are and no log-probabilities are given.
 
@@ -128,10 +142,11 @@ class Pipeline:
             allowed: (B, N) or (N,) bool; masked before the cut, so that filters still return k items.
             blocked: rows that are masked too.
             log_probs: what `source_log_probs(queries)` gave, when the caller has it already.
+            closest: best content scores wanted of each query, for `live_ranks`; 0 for none, nor profiles.
         """
         k = self.num_candidates if k is None else k
         if log_probs is None and self.pools is not None:
-            return Retrieved(*self.pools.retrieve(queries, k, allowed=allowed, blocked=blocked, closest=LIVE_MAX_RANK))
+            return Retrieved(*self.pools.retrieve(queries, k, allowed=allowed, blocked=blocked, closest=closest))
         if log_probs is None:
             log_probs = self.source_log_probs(queries)
         fused = _masked(self.fusion.fuse(log_probs, empty=queries.lengths == 0), -np.inf, allowed, blocked)
@@ -140,15 +155,15 @@ class Pipeline:
         per_source = _gather(log_probs, items)
         items = np.where(np.isfinite(fused_BK), items, -1).astype(np.int32)
         candidates = Candidates(items, fused_BK.astype(np.float32), per_source, tuple(log_probs))
-        if self.content is None:
+        if self.content is None or not closest:
             return Retrieved(candidates, None, None)
         profiles = self.content.user_vectors(queries)
         # Where content is a source the order is known already; the product with all items is not done twice.
         near = log_probs["content"].copy() if "content" in log_probs else profiles @ self.content.item_vectors.T
         near = _masked(near, -np.inf, allowed, blocked)
-        closest = top_k(near, LIVE_MAX_RANK)
-        affinity = np.einsum("bd,bkd->bk", profiles, self.content.item_vectors[closest])
-        return Retrieved(candidates, profiles, np.where(np.isfinite(np.take_along_axis(near, closest, 1)), affinity, np.float32(-1.0)))
+        best = top_k(near, closest)
+        affinity = np.einsum("bd,bkd->bk", profiles, self.content.item_vectors[best])
+        return Retrieved(candidates, profiles, np.where(np.isfinite(np.take_along_axis(near, best, 1)), affinity, np.float32(-1.0)))
 
     def candidates_of(self, queries: Queries, items: np.ndarray, *, log_probs: dict[str, np.ndarray] | None = None) -> Candidates:
         """Given items as candidates, with what retrieval says about them.

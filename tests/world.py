@@ -28,12 +28,12 @@ class LocalBackend:
         self.fail: set[str] = set()
         self.slow_s = 0.0
 
-    async def retrieve(self, version, query: Queries, k, allowed, blocked) -> RetrievedOne:
+    async def retrieve(self, version, query: Queries, k, allowed, blocked, closest=0) -> RetrievedOne:
         if "retrieval" in self.fail:
             raise RuntimeError("planted failure")
         mask = np.ones((1, self.pipeline.num_items), bool) if allowed is None else allowed[None].copy()
         mask[0, blocked] = False
-        found = self.pipeline.retrieve(query, k, allowed=mask)
+        found = self.pipeline.retrieve(query, k, allowed=mask, closest=closest)
         count = int((found.candidates.items[0] >= 0).sum())
         part = found.candidates
         profile, affinity = (None, None) if found.profiles is None else (found.profiles[0], found.affinity[0])

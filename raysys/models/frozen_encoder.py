@@ -100,7 +100,7 @@ class FrozenEncoder:
         return torch.cat([heads.flatten(), torch.arange(2 * D, 3 * D)])
 
 
-def freeze(retriever: InterestRetriever) -> None:
+def freeze_encoder(retriever: InterestRetriever) -> None:
     """Let a source encode by its frozen encoder from now on; once it is on its device."""
     retriever.last_states = FrozenEncoder(retriever.encoder).last_states
 

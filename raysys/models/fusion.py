@@ -7,7 +7,7 @@ which a sum of scores or of ranks would drown.
 Legend: B queries, N items, S sources, V validation queries.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -26,6 +26,8 @@ encoder too, the mixture's NDCG@10 on queries that it was not chosen by rose fro
 MAX_PASSES = 4
 KEPT_PROBABILITIES = 40
 """Matrices of pool probabilities kept at once; bounds memory."""
+AT_ONCE = 2**16
+"""Values that softmax and mixture take through all their steps before the next ones: as many as a core's cache keeps."""
 MIN_GAIN = 2e-4
 """NDCG that a source must add to be used: less is noise of the validation sample."""
 
@@ -59,7 +61,7 @@ class Fusion:
 
     def log_probs(self, scores: np.ndarray, source: str) -> np.ndarray:
         """(B, N) float32 log softmax of (B, N) scores at the source's temperature."""
-        return log_softmax(scores / np.float32(self.temperatures[source]))
+        return log_softmax(scores, self.temperatures[source])
 
     def fuse(self, log_probs: Mapping[str, np.ndarray], *, empty: np.ndarray | None = None) -> np.ndarray:
         """(B, N) float32 log of the mixture; rows marked in `empty` (B,) bool follow popularity alone.
@@ -67,21 +69,34 @@ class Fusion:
         Sources without weight are skipped; weights of those missing in `log_probs` are simply not there.
         """
         used = [name for name in log_probs if self.weights.get(name, 0.0) > 0]
-        mixture = np.zeros_like(log_probs[used[0]])
-        for name in used:
-            mixture += np.float32(self.weights[name]) * np.exp(log_probs[name])
-        with np.errstate(divide="ignore"):
-            fused = np.log(mixture)
+        fused = np.zeros(log_probs[used[0]].shape, np.float32)
+        for rows in _blocks(fused.shape):
+            mixture = fused[rows]
+            for name in used:
+                share = np.exp(log_probs[name][rows])
+                share *= np.float32(self.weights[name])
+                mixture += share
+            with np.errstate(divide="ignore"):
+                np.log(mixture, out=mixture)
         if empty is not None and "popularity" in log_probs and empty.any():
             fused[empty] = log_probs["popularity"][empty]
         # A probability below the smallest float must not make an item unrecommendable.
-        return np.maximum(fused, np.float32(-100.0))
+        return np.maximum(fused, np.float32(-100.0), out=fused)
 
 
-def log_softmax(scores: np.ndarray) -> np.ndarray:
-    """(B, N) float32 log softmax over the last axis."""
-    shifted = scores - scores.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+def log_softmax(scores: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """(B, N) float32 log softmax over the last axis of (B, N) scores divided by a temperature."""
+    found = np.empty(scores.shape, np.float32)
+    for rows in _blocks(scores.shape):
+        logits = np.divide(scores[rows], np.float32(temperature), out=found[rows])
+        logits -= logits.max(axis=1, keepdims=True)
+        logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return found
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    height = max(1, AT_ONCE // max(1, shape[1]))
+    return (slice(first, first + height) for first in range(0, shape[0], height))
 
 
 def choose_fusion(

@@ -229,6 +229,14 @@ class InterestEncoder(nn.Module):
             x_BTD = block(x_BTD, turns)
         return self._state(cast(Block, top).last(x_BTD, lengths_B - 1, turns))
 
+    def codes(self, queries: Queries) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+        """(L,) event codes, gaps and waits of the events of queries, each None where the encoder does not look at it."""
+        return (
+            None if self.events is None else queries.events,
+            None if self.gaps is None else queries.gaps,
+            None if self.waits is None else queries.waits,
+        )
+
     def _embedded(
         self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor, waits_BT: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -292,14 +300,18 @@ def user_states(encoder: InterestEncoder, queries: Queries, last_states: Callabl
         queries: B histories.
         last_states: what computes instead of the encoder's own, such as `FrozenEncoder.last_states`.
     """
-    columns = ((queries.items, encoder.num_items), (queries.events, 0), (queries.gaps, 0), (queries.waits, 0))
+    columns = ((queries.items, encoder.num_items), *((codes, 0) for codes in encoder.codes(queries)))
     matrices, lengths = left_aligned(queries, encoder.config.looked_at, *columns)
     filled = np.flatnonzero(lengths)
-    device = encoder.items.weight.device
+    if len(filled) < len(lengths):
+        matrices, lengths = [matrix[filled] for matrix in matrices], lengths[filled]
+    device, states = encoder.items.weight.device, last_states or encoder.last_states
+    states_bD = states(*(torch.from_numpy(array).to(device) for array in (*matrices, lengths))) if len(filled) else None
+    if states_bD is not None and len(filled) == len(queries):
+        return states_bD
     states_BD = torch.zeros(len(queries), encoder.config.dim, device=device)
-    if len(filled):
-        inputs = (torch.from_numpy(array[filled]).to(device) for array in (*matrices, lengths))
-        states_BD[torch.from_numpy(filled).to(device)] = (last_states or encoder.last_states)(*inputs)
+    if states_bD is not None:
+        states_BD[torch.from_numpy(filled).to(device)] = states_bD
     return states_BD
 
 
@@ -328,8 +340,7 @@ class InterestRetriever:
 
     def remember(self, size: int) -> None:
         """Keep the vectors of the histories asked for last, at most `size`; 0 keeps none. For a process that serves."""
-        config = self.encoder.config
-        self._remembered = Remembered(self._encode, config.looked_at, size, recency=config.recency) if size else None
+        self._remembered = Remembered(self._encode, self.encoder.config.looked_at, size, self.encoder.codes) if size else None
 
     @classmethod
     def from_encoder(cls, encoder: InterestEncoder, item_counts: np.ndarray) -> "InterestRetriever":
@@ -366,7 +377,8 @@ class InterestRetriever:
             scores = self.user_vectors(queries) @ self.item_vectors.T
         else:
             scores = (user_states(self.encoder, queries, self.last_states) @ self._items.T).cpu().numpy()
-        scores[:, ~self.warm] = NO_EVIDENCE
+        if self.evidence is not None:
+            scores[:, ~self.warm] = NO_EVIDENCE
         if self.encoder.config.exclude_seen:
             scores[queries.rows, queries.items] = NO_EVIDENCE
         scores[queries.lengths == 0] = 0.0
@@ -396,13 +408,13 @@ class InterestRetriever:
         return cls(encoder, arrays["warm"], owned=True)
 
 
-def left_aligned(queries: Queries, max_length: int, *columns: tuple[np.ndarray, int]) -> tuple[list[np.ndarray], np.ndarray]:
+def left_aligned(queries: Queries, max_length: int, *columns: tuple[np.ndarray | None, int]) -> tuple[list[np.ndarray], np.ndarray]:
     """Ragged histories as padded matrices, cut to their last `max_length` events.
 
     Args:
         queries: B histories with L events.
         max_length: events kept.
-        columns: (L,) values of the events, and what pads them.
+        columns: (L,) values of the events, None for none, and what pads them.
 
     Returns:
         A (B, T) int64 matrix a column, and lengths (B,) int64; T is the longest length.
@@ -411,10 +423,11 @@ def left_aligned(queries: Queries, max_length: int, *columns: tuple[np.ndarray, 
     T = int(lengths.max(initial=0))
     places = np.arange(T)
     real = places[None, :] < lengths[:, None]
-    take = (queries.indptr[1:] - lengths)[:, None] + places[None, :]
+    taken = ((queries.indptr[1:] - lengths)[:, None] + places[None, :])[real]
     matrices = []
     for values, padding in columns:
         matrix = np.full(real.shape, padding, np.int64)
-        matrix[real] = values[take[real]]
+        if values is not None:
+            matrix[real] = values[taken]
         matrices.append(matrix)
     return matrices, lengths

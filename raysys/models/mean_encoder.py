@@ -6,10 +6,12 @@ A student is taught to keep what it can of that at the price of one.
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from raysys.models.interest import InterestEncoder
+from raysys.queries import Queries
 
 
 class MeanEncoder(nn.Module):
@@ -34,6 +36,11 @@ class MeanEncoder(nn.Module):
     def last_states(self, items_BT: Tensor, events_BT: Tensor, gaps_BT: Tensor, waits_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """(B, sum of D) float32; see `InterestEncoder.last_states`."""
         return torch.cat([encoder.last_states(items_BT, events_BT, gaps_BT, waits_BT, lengths_B) for encoder in self._each], dim=-1)
+
+    def codes(self, queries: Queries) -> tuple[np.ndarray | None, ...]:
+        """What any of them looks at; see `InterestEncoder.codes`."""
+        columns = zip(*(encoder.codes(queries) for encoder in self._each), strict=True)
+        return tuple(next((codes for codes in column if codes is not None), None) for column in columns)
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
         """(..., sum of D) float32, each encoder's divided by M; see `InterestEncoder.item_vectors`."""

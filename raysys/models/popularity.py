@@ -5,6 +5,7 @@ Legend: B queries, N items.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -100,10 +101,9 @@ class Popularity:
 
     def scores(self, queries: Queries) -> np.ndarray:
         """(B, N) float32 log counts."""
-        row = self.log_counts
-        return np.broadcast_to(row, (len(queries), len(row))).copy()
+        return np.broadcast_to(self.log_counts, (len(queries), len(self.counts))).copy()
 
-    @property
+    @cached_property
     def log_counts(self) -> np.ndarray:
         """(N,) float32, the scores of every query."""
         return np.log(self.counts + self.config.smoothing).astype(np.float32)

@@ -11,6 +11,7 @@ Source: Zhou et al., "Deep Interest Network", KDD 2018 (target attention).
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -109,14 +110,14 @@ class RankerNetwork(nn.Module):
         columns = [
             fused_BK.clamp(min=LOG_PROB_FLOOR),
             similar_BKT.sum(2) / count_B1,
-            similar_BKT.amax(2),
+            similar_BKT.amax(2).clamp(min=0),  # as the zeros of padding have it, which another history of the batch brings or not
             similar_BKT.gather(2, last)[..., 0],
             torch.take(self.popularity, items_BK),
             torch.log1p(lengths_B.float())[:, None].expand(-1, items_BK.shape[1]),
         ]
         if self.content_vectors.shape[1]:
             content_BKC, past_BTC = F.embedding(items_BK, self.content_vectors), F.embedding(history_BT, self.content_vectors)
-            columns.append((content_BKC @ past_BTC.transpose(1, 2)).amax(2))
+            columns.append((content_BKC @ past_BTC.transpose(1, 2)).amax(2).clamp(min=0))
         else:
             columns.append(torch.zeros_like(fused_BK))
         return torch.cat([log_probs_BKS.clamp(min=LOG_PROB_FLOOR), torch.stack(columns, dim=2)], dim=2)
@@ -157,6 +158,9 @@ class Ranker:
         sources: S names, in the order of `Candidates.log_probs`.
         calibration: (slope, intercept) of the `next` logit; None where it could not be calibrated, probabilities are then NaN.
         judge: gives the probabilities instead, over the tables of the network; None where no event tells what is liked.
+
+    Attributes:
+        logits: what computes for `score`, arguments as `network_inputs` gives them; the network, or a `FrozenRanker` in its place.
     """
 
     name = "ranker"
@@ -165,6 +169,7 @@ class Ranker:
         self, network: RankerNetwork, sources: tuple[str, ...], *, calibration: tuple[float, float] | None, judge: Judge | None = None
     ):
         self.network, self.sources, self.calibration, self.judge = network.eval(), tuple(sources), calibration, judge
+        self.logits: Callable[..., tuple[np.ndarray, np.ndarray]] = self._by_network
 
     @property
     def label(self) -> str:
@@ -179,6 +184,7 @@ class Ranker:
     def to(self, device: str) -> None:
         """Compute on this device of torch from now on."""
         self.network.to(device)
+        self.logits = self._by_network
 
     def score(self, queries: Queries, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
         """Relevance logits, and probabilities of being the next item.
@@ -196,19 +202,21 @@ class Ranker:
         columns = [candidates.sources.index(name) for name in self.sources]
         candidates = replace(candidates, log_probs=candidates.log_probs[:, :, columns], sources=self.sources)
         padding = candidates.items < 0
-        with torch.inference_mode():
-            device = self.network.popularity.device
-            inputs = network_inputs(self.network, queries, candidates)
-            relevance, following = (logits.cpu() for logits in self.network(*(tensor.to(device) for tensor in inputs)))
-        logits = relevance.numpy()
+        logits, following = self.logits(*network_inputs(self.network, queries, candidates))
         logits[padding] = -np.inf
         if self.calibration is None:
-            probabilities = np.full(logits.shape, np.nan, np.float32)
+            probabilities: np.ndarray = np.full(logits.shape, np.nan, np.float32)
         else:
             slope, intercept = self.calibration
-            probabilities = 1.0 / (1.0 + np.exp(-np.clip(slope * following.numpy() + intercept, -30, 30)))
+            probabilities = 1.0 / (1.0 + np.exp(-np.clip(slope * following + intercept, -30, 30)))
         probabilities[padding | (queries.lengths == 0)[:, None]] = np.nan
         return logits, probabilities.astype(np.float32)
+
+    @torch.inference_mode()
+    def _by_network(self, *inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        device = self.network.popularity.device
+        relevance, following = self.network(*(torch.from_numpy(array).to(device) for array in inputs))
+        return relevance.cpu().numpy(), following.cpu().numpy()
 
     def judged(self, queries: Queries, candidates: Candidates) -> np.ndarray:
         """(B, K) float32 calibrated P(positive event | taken) by the judge, NaN at padding and for empty histories."""
@@ -287,8 +295,8 @@ class Ranker:
         return cls(network, tuple(meta["sources"]), calibration=calibration, judge=judge)
 
 
-def network_inputs(network: RankerNetwork, queries: Queries, candidates: Candidates) -> tuple[Tensor, ...]:
-    """(history, lengths, items, fused, log_probs) tensors; see `RankerNetwork.forward`."""
+def network_inputs(network: RankerNetwork, queries: Queries, candidates: Candidates) -> tuple[np.ndarray, ...]:
+    """(history, lengths, items, fused, log_probs); see `RankerNetwork.forward`."""
     num_items = len(network.popularity) - 1
     (history,), lengths = left_aligned(queries, network.config.max_history, (queries.items, num_items))
     if history.shape[1] == 0:
@@ -296,4 +304,4 @@ def network_inputs(network: RankerNetwork, queries: Queries, candidates: Candida
     items = np.where(candidates.items < 0, num_items, candidates.items).astype(np.int64)
     fused = np.maximum(candidates.fused, LOG_PROB_FLOOR)
     log_probs = np.maximum(candidates.log_probs, LOG_PROB_FLOOR)
-    return tuple(torch.from_numpy(array) for array in (history, lengths, items, fused, log_probs))
+    return history, lengths, items, fused, log_probs

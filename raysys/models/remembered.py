@@ -19,11 +19,17 @@ class Remembered:
         encode: queries -> (B, D) float32.
         max_length: last events of a history that `encode` looks at.
         size: vectors kept; each takes 4 D bytes and about 200 for its key and place.
-        recency: whether `encode` looks at how long ago the last event was.
+        codes: queries -> (L,) columns of their events that `encode` looks at beside the items; None for one that it does not.
     """
 
-    def __init__(self, encode: Callable[[Queries], np.ndarray], max_length: int, size: int, *, recency: bool = False):
-        self._encode, self._max_length, self._size, self._recency = encode, max_length, size, recency
+    def __init__(
+        self,
+        encode: Callable[[Queries], np.ndarray],
+        max_length: int,
+        size: int,
+        codes: Callable[[Queries], tuple[np.ndarray | None, ...]],
+    ):
+        self._encode, self._max_length, self._size, self._codes = encode, max_length, size, codes
         self._vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         self.hits = self.misses = 0
@@ -35,7 +41,7 @@ class Remembered:
 
     def _answer(self, queries: Queries) -> np.ndarray:
         # Codes, since times themselves would tell apart what the encoder does not.
-        columns = (queries.items, queries.events, queries.gaps, *((queries.waits,) if self._recency else ()))
+        columns = (queries.items, *(codes for codes in self._codes(queries) if codes is not None))
         keys = [self._key(queries, columns, row) for row in range(len(queries))]
         # Those of this batch apart: a batch larger than the memory must not lose what it has just found.
         found: dict[bytes, np.ndarray] = {key: vector for key in keys if (vector := self._vectors.get(key)) is not None}

@@ -50,15 +50,15 @@ class Pools:
             k: candidates a query.
             allowed: (N,) or (B, N) bool; all when None.
             blocked: (indptr (B+1,), rows) that must not appear.
-            closest: best content scores wanted of each query.
+            closest: best content scores wanted of each query, 0 for none.
 
         Returns:
             Candidates (-1 padded to min(k, N)), content profiles (B, C) and (B, closest) their best scores among what may appear,
-            descending, -1 padded; None, None without content.
+            descending, -1 padded; None, None without content, or where none are wanted.
         """
         asked, empty = {name: pool.ask(queries) for name, pool in self.pools.items()}, queries.lengths == 0
         near = None
-        if self.content is not None:
+        if self.content is not None and closest:
             known = asked.get("content")
             near = known if isinstance(known, AskedVectors) else self.content.ask(queries)
         shape = (len(queries), min(k, self.num_items))

@@ -233,7 +233,7 @@ class StaticPool:
 
     def __init__(self, scores: np.ndarray, *, temperature: float):
         self.order = np.argsort(-scores, kind="stable")
-        self.all_log_probs = log_softmax(scores[None, :] / np.float32(temperature))[0]
+        self.all_log_probs = log_softmax(scores[None, :], temperature)[0]
 
     def ask(self, queries: Queries) -> "StaticPool":
         """Itself."""

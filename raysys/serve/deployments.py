@@ -136,10 +136,12 @@ class HandleBackend:
     def __init__(self, retrieval: DeploymentHandle, ranking: DeploymentHandle):
         self._retrieval, self._ranking = retrieval, ranking
 
-    async def retrieve(self, version: str, query: Queries, k: int, allowed: np.ndarray | None, blocked: np.ndarray) -> RetrievedOne:
+    async def retrieve(
+        self, version: str, query: Queries, k: int, allowed: np.ndarray | None, blocked: np.ndarray, closest: int = 0
+    ) -> RetrievedOne:
         """See `Backend.retrieve`."""
         bits = None if allowed is None or allowed.all() else np.packbits(allowed).tobytes()
-        return raised(await self._retrieval.retrieve.remote((version, query, k, bits, blocked)))
+        return raised(await self._retrieval.retrieve.remote((version, query, k, bits, blocked, closest)))
 
     async def rank(self, version: str, query: Queries, retrieved: RetrievedOne) -> tuple[np.ndarray, np.ndarray]:
         """See `Backend.rank`."""

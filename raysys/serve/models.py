@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,8 @@ KEEP_VERSIONS = 2
 RETRIEVAL_MODELS = tuple(name for name in MODEL_CLASSES if name != "ranker")
 """What a replica loads that only retrieves."""
 
-RetrieveRequest = tuple[str, Queries, int, np.ndarray | bytes | None, np.ndarray]
-"""(version, query, k, allowed, blocked rows); allowed is (N,) bool, or the same as packed bits, None for all items."""
+RetrieveRequest = tuple[str, Queries, int, np.ndarray | bytes | None, np.ndarray, int]
+"""(version, query, k, allowed, blocked rows, closest); allowed is (N,) bool, or the same as packed bits, None for all items."""
 RankRequest = tuple[str, Queries, RetrievedOne]
 """(version, query, candidates)."""
 
@@ -179,15 +179,13 @@ def warm_up(pipeline: Pipeline) -> None:
 
 def retrieve_many(pipeline: Pipeline, group: list[RetrieveRequest]) -> list[RetrievedOne]:
     """Candidates of several requests in one pass over the models."""
-    indptr = np.concatenate([[0], np.cumsum([len(rows) for _, _, _, _, rows in group])]).astype(np.int64)
-    blocked = (indptr, np.concatenate([rows for _, _, _, _, rows in group]).astype(np.int64))
-    queries, most = Queries.stack([query for _, query, _, _, _ in group]), max(k for _, _, k, _, _ in group)
-    retrieved = pipeline.retrieve(
-        queries, most, allowed=_allowed([mask for _, _, _, mask, _ in group], pipeline.num_items), blocked=blocked
-    )
+    _, queries, ks, masks, away, closest = zip(*group, strict=True)
+    blocked = (np.concatenate([[0], np.cumsum([len(rows) for rows in away])]).astype(np.int64), np.concatenate(away).astype(np.int64))
+    allowed = _allowed(masks, pipeline.num_items)
+    retrieved = pipeline.retrieve(Queries.stack(queries), max(ks), allowed=allowed, blocked=blocked, closest=max(closest))
     candidates = retrieved.candidates
     answers = []
-    for row, (_, _, k, _, _) in enumerate(group):
+    for row, k in enumerate(ks):
         count = min(k, int((candidates.items[row] >= 0).sum()))
         answers.append(
             RetrievedOne(
@@ -202,7 +200,7 @@ def retrieve_many(pipeline: Pipeline, group: list[RetrieveRequest]) -> list[Retr
     return answers
 
 
-def _allowed(masks: list[np.ndarray | bytes | None], num_items: int) -> np.ndarray | None:
+def _allowed(masks: Sequence[np.ndarray | bytes | None], num_items: int) -> np.ndarray | None:
     """(N,) bool where all requests have one mask, as those without a filter do, else (B, N); None where nothing is masked."""
     if all(mask is masks[0] for mask in masks) and not isinstance(masks[0], bytes):
         return masks[0]

@@ -23,7 +23,7 @@ from raysys.bundle import Bundle
 from raysys.errors import StateError
 from raysys.events.state import UserState
 from raysys.models.base import Candidates, top_k
-from raysys.pipeline import LIVE_MAX_SHARE, live_ranks
+from raysys.pipeline import LIVE_MAX_RANK, LIVE_MAX_SHARE, live_ranks
 from raysys.queries import Queries
 from raysys.schema import HistoryEvent
 from raysys.serve.api import HistoryItem, RankBody, RecommendBody
@@ -71,13 +71,16 @@ class RetrievedOne:
     sources: tuple[str, ...]
     profile: np.ndarray | None
     affinity: np.ndarray | None
+    """(closest,) float32 or more; neither where none were wanted of its batch."""
 
 
 class Backend(Protocol):
     """Where the models run; every call names the version, so that one answer never mixes two."""
 
-    async def retrieve(self, version: str, query: Queries, k: int, allowed: np.ndarray | None, blocked: np.ndarray) -> RetrievedOne:
-        """K candidates among `allowed` (N,) bool without the `blocked` rows."""
+    async def retrieve(
+        self, version: str, query: Queries, k: int, allowed: np.ndarray | None, blocked: np.ndarray, closest: int = 0
+    ) -> RetrievedOne:
+        """K candidates among `allowed` (N,) bool without the `blocked` rows, and as many of the `closest` content scores."""
         ...
 
     async def rank(self, version: str, query: Queries, retrieved: RetrievedOne) -> tuple[np.ndarray, np.ndarray]:
@@ -201,9 +204,13 @@ class Recommender:
         allowed = self._allowed(version, body.filter, wanted)
         need = body.offset + body.n
         k = max(self.num_candidates, need + 1)
+        # What is close by content is only compared with new items, and only for who has a history.
+        closest = LIVE_MAX_RANK if strategy != "cold_start" and self.catalogue.live_matrix[0] else 0
         try:
             retrieved = await self._retrieval.ask(
-                deadline, self.budget.retrieval_s, lambda: self.backend.retrieve(version.bundle.version, query, k, allowed, blocked)
+                deadline,
+                self.budget.retrieval_s,
+                lambda: self.backend.retrieve(version.bundle.version, query, k, allowed, blocked, closest),
             )
         except Exception as error:  # whatever broke, what follows the last items and what is popular still answers
             failed = self._failed("retrieval", error)
@@ -221,7 +228,7 @@ class Recommender:
             order = self._diversify(version, retrieved.items, scores, order, need, body.diversity)
         order = order[:need]
         ranked = self._ranked(version, query, retrieved, order, scores, probabilities, by="retrieval" if unranked else "ranking")
-        if retrieved.profile is not None and strategy != "cold_start":
+        if closest:
             self._insert_live(ranked, retrieved, blocked_ids, wanted, compiled, need)
         stages.mark("rerank")
         reasons = None

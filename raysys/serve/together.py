@@ -34,9 +34,11 @@ class TogetherBackend:
         self._rank = Lane("ranking", lambda requests: models.answer("ranking", requests, rank_many))
         self._explain = Lane("explain", lambda requests: models.answer("explain", requests, _explain_each))
 
-    async def retrieve(self, version: str, query: Queries, k: int, allowed: np.ndarray | None, blocked: np.ndarray) -> RetrievedOne:
+    async def retrieve(
+        self, version: str, query: Queries, k: int, allowed: np.ndarray | None, blocked: np.ndarray, closest: int = 0
+    ) -> RetrievedOne:
         """See `Backend.retrieve`."""
-        return await self._retrieve((version, query, k, allowed, blocked))
+        return await self._retrieve((version, query, k, allowed, blocked, closest))
 
     async def rank(self, version: str, query: Queries, retrieved: RetrievedOne) -> tuple[np.ndarray, np.ndarray]:
         """See `Backend.rank`."""

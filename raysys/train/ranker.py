@@ -9,6 +9,7 @@ Legend: Q held-out positions, K candidates, N items.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from raysys.models.base import Candidates
 from raysys.models.judge import Judge
@@ -107,7 +108,7 @@ def _loss(
     picked, log_weights = _pick(is_target[rows], candidates.items[rows], network.config.negatives, rng)
     weight = torch.from_numpy(log_weights)
     part = candidates.take(rows, picked)
-    relevance, following = network(*network_inputs(network, queries.take(rows), part))
+    relevance, following = network(*_inputs(network, queries.take(rows), part))
     padding = torch.from_numpy(part.items < 0)
     hit = torch.from_numpy(is_target[rows].any(axis=1))
     relevance = (relevance + weight).masked_fill(padding, -1e9)
@@ -151,7 +152,7 @@ def _next_logits(
     with torch.inference_mode():
         for part in np.array_split(rows, max(1, len(rows) // 256)):
             columns = np.tile(np.arange(candidates.items.shape[1]), (len(part), 1))
-            _, following = network(*network_inputs(network, queries.take(part), candidates.take(part, columns)))
+            _, following = network(*_inputs(network, queries.take(part), candidates.take(part, columns)))
             real = candidates.items[part] >= 0
             logits.append(following.numpy()[real])
             truth.append(is_target[part][real])
@@ -162,10 +163,14 @@ def _standardise(network: RankerNetwork, queries: Queries, candidates: Candidate
     columns = np.tile(np.arange(0, candidates.items.shape[1], 4), (len(rows), 1))
     part = candidates.take(rows, columns)
     with torch.inference_mode():
-        dense = network.dense(*network_inputs(network, queries.take(rows), part))[torch.from_numpy(part.items >= 0)]
+        dense = network.dense(*_inputs(network, queries.take(rows), part))[torch.from_numpy(part.items >= 0)]
     network.mean.copy_(dense.mean(dim=0))
     network.std.copy_(dense.std(dim=0).clamp(min=1e-3))
 
 
 def _padded(vectors: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([vectors, np.zeros((1, vectors.shape[1]), vectors.dtype)]).astype(np.float32))
+
+
+def _inputs(network: RankerNetwork, queries: Queries, candidates: Candidates) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(array) for array in network_inputs(network, queries, candidates))

@@ -138,8 +138,8 @@ def test_every_source_says_which_kind_it_is(bundle):
 def test_pools_answer_as_scoring_everything_does(dense, pooled, queries):
     """The test that decides: overlap of the first 20 and the largest difference of log-probabilities."""
     assert dense.pools is None and pooled.pools is not None
-    expected = dense.retrieve(queries, 100, blocked=blocked_of(queries))
-    found = pooled.retrieve(queries, 100, blocked=blocked_of(queries))
+    expected = dense.retrieve(queries, 100, blocked=blocked_of(queries), closest=15)
+    found = pooled.retrieve(queries, 100, blocked=blocked_of(queries), closest=15)
     assert overlap(found.candidates, expected.candidates) > 0.97
     worst = largest_difference(found.candidates, expected.candidates)
     assert max(worst[name] for name in ("covisit", "linear", "popularity")) < 1e-3, "exact normalisers"

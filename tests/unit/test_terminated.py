@@ -10,8 +10,8 @@ import sys, time
 from raysys import cli
 
 def run(arguments):
-    print("started", flush=True)
     try:
+        print("started", flush=True)
         time.sleep(60)
     finally:
         time.sleep(2)
