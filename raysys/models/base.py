@@ -3,6 +3,7 @@
 Legend: B queries, N items of the catalogue, K candidates, S sources.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -102,6 +103,10 @@ class SparseSource(Protocol):
         ...
 
 
+SAMPLE_STRIDE = 8
+"""One score in so many tells where about the k-th largest lies."""
+
+
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     """Columns of the k largest values of each row, best first; ties by lower column.
 
@@ -113,16 +118,21 @@ def top_k(scores: np.ndarray, k: int) -> np.ndarray:
         (B, min(k, N)) int64 columns.
     """
     k = min(k, scores.shape[1])
-    if k < scores.shape[1]:
-        # Threshold first, so that the winners among equal scores do not depend on the partition.
-        threshold = np.partition(scores, scores.shape[1] - k, axis=1)[:, -k][:, None]
-        chosen = scores >= threshold
-        surplus = np.count_nonzero(chosen, axis=1) - k
-        if (surplus < 0).any():  # values that are not numbers
-            return np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        for row in np.flatnonzero(surplus):
-            chosen[row, np.flatnonzero(scores[row] == threshold[row])[-surplus[row] :]] = False
-        columns = np.nonzero(chosen)[1].reshape(len(scores), k)
-        order = np.argsort(-np.take_along_axis(scores, columns, 1), axis=1, kind="stable")
-        return np.take_along_axis(columns, order, 1)
-    return np.argsort(-scores, axis=1, kind="stable")
+    found = np.empty((len(scores), k), np.int64)
+    bounds = _bounds(scores, k)
+    for row, values in enumerate(scores):
+        columns = np.flatnonzero(values >= bounds[row])
+        if len(columns) < k:  # the sample said too much, or there are values that are not numbers
+            columns = np.arange(len(values))
+        found[row] = columns[np.argsort(-values[columns], kind="stable")[:k]]
+    return found
+
+
+def _bounds(scores: np.ndarray, k: int) -> np.ndarray:
+    """(B,) values that about k of a row's or some more reach, at least k in nearly every row."""
+    expected = k / SAMPLE_STRIDE
+    rank = math.ceil(expected + 3 * math.sqrt(expected)) + 1
+    sample = scores[:, ::SAMPLE_STRIDE]
+    if 2 * rank >= sample.shape[1]:
+        return np.full(len(scores), -np.inf, scores.dtype)
+    return np.partition(sample, sample.shape[1] - rank, axis=1)[:, -rank]
