@@ -39,6 +39,8 @@ from raysys.schema import ITEM_ID, ITEM_IDX, UNKNOWN_ITEM
 FORMAT = "raysys-bundle/2"
 WRITTEN = ("format", "version", "created", "user_key_id", "history_max_events", "fusion", "models", "files", "packing")
 """What `Bundle.write` puts into a manifest itself."""
+NUM_CANDIDATES = 200
+"""Items that retrieval hands to ranking, where a bundle does not say."""
 KEPT_COPIES = 8
 """Copies of remote bundles that a node keeps on its disk, the last opened; each is read whole when it is opened."""
 MANIFEST, VOCABULARY, ITEMS, HISTORIES = "manifest.json", "vocabulary.parquet", "items.parquet", "histories.parquet"
@@ -173,6 +175,11 @@ class Bundle:
     def events(self) -> list[str]:
         """Event names by code; code 0 is for all others."""
         return self.manifest["events"]
+
+    @property
+    def num_candidates(self) -> int:
+        """Items that retrieval hands to ranking."""
+        return int(self.fusion.get("num_candidates", NUM_CANDIDATES))
 
     @property
     def told(self) -> dict[str, Any]:

@@ -25,9 +25,6 @@ from raysys.queries import Queries
 
 Blocked = tuple[np.ndarray, np.ndarray]
 """(indptr (B+1,), rows): item rows that must not be answered to each query."""
-NUM_CANDIDATES = 200
-"""Items that retrieval hands to ranking."""
-
 JUDGED = 50
 """Places of an answer that get the judge's probability: it costs as much as the rest of ranking, and lists are rarely longer."""
 LIVE_FIRST_RANK = 3
@@ -67,9 +64,9 @@ class Reason:
 class Pipeline:
     """The models of one bundle, composed."""
 
-    def __init__(self, bundle: Bundle, *, num_candidates: int = NUM_CANDIDATES):
+    def __init__(self, bundle: Bundle, *, num_candidates: int | None = None):
         self.bundle = bundle
-        self.num_candidates = num_candidates
+        self.num_candidates = num_candidates or bundle.num_candidates
         self.ranker_weight = float(bundle.fusion.get("ranker_weight", 0.0))
         self.ranker = bundle.models.get("ranker")
         self.content = bundle.models.get("content")

@@ -267,7 +267,7 @@ class Ingress:
         while self._tried is None:
             version = self._recommender.version
             if version is not None:
-                name, query, k = version.bundle.version, Queries.from_lists([[0]]), self._recommender.num_candidates
+                name, query, k = version.bundle.version, Queries.from_lists([[0]]), version.bundle.num_candidates
                 try:
                     retrieved = await asyncio.wait_for(self._backend.retrieve(name, query, k, None, np.zeros(0, np.int32)), TRY_S)
                     await asyncio.wait_for(self._backend.rank(name, query, retrieved), TRY_S)

@@ -143,7 +143,6 @@ class Recommender:
         budget: time limits of a request and its stages.
         metrics: what is counted, here and by whoever shares it.
         history_limit: last events handed to the models.
-        num_candidates: K.
     """
 
     def __init__(
@@ -155,11 +154,10 @@ class Recommender:
         budget: Budget | None = None,
         metrics: Metrics | None = None,
         history_limit: int = 200,
-        num_candidates: int = 200,
     ):
         self.state, self.backend, self.clock = state, backend, clock
         self.budget = budget or Budget()
-        self.history_limit, self.num_candidates = history_limit, num_candidates
+        self.history_limit = history_limit
         self.metrics = metrics or Metrics()
         self.metrics.before_export.append(self._measure_version)
         self.trouble = Trouble()
@@ -203,7 +201,7 @@ class Recommender:
         strategy, lack = self._checked(version, body.user_id, query, strategy)
         allowed = self._allowed(version, body.filter, wanted)
         need = body.offset + body.n
-        k = max(self.num_candidates, need + 1)
+        k = max(version.bundle.num_candidates, need + 1)
         # What is close by content is only compared with new items, and only for who has a history.
         closest = LIVE_MAX_RANK if strategy != "cold_start" and self.catalogue.live_matrix[0] else 0
         try:

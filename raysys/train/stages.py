@@ -151,6 +151,7 @@ class Stages:
             "metas": metas,
             "fusion": {
                 "mixture": pipeline.fusion.to_dict(),
+                "num_candidates": pipeline.num_candidates,
                 "ranker_weight": weight,
                 "ranker_sources": list(models["ranker"].sources) if "ranker" in models else [],
             },
