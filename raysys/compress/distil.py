@@ -16,7 +16,7 @@ from raysys.models.interest import InterestEncoder, InterestRetriever
 from raysys.prepare.dataset import Prepared
 from raysys.train.batches import InMemory
 from raysys.train.config import TrainConfig, with_data_defaults
-from raysys.train.encoder import EncoderTrainConfig, train_encoder
+from raysys.train.encoder import train_encoder
 from raysys.train.evidence import Evidence
 from raysys.train.validation import validation
 
@@ -43,9 +43,10 @@ def distilled(bundle: Bundle, prepared: Prepared, settings: CompressConfig, say=
     student.load_state_dict({name: tensor for name, tensor in encoder.state_dict().items() if name in mine})
     evidence = Evidence(prepared, TrainConfig(seed=settings.seed), None)
     lengths, num_items, repeats = evidence.statistics
-    batch_size = with_data_defaults(TrainConfig(), frozenset(), lengths, num_items, repeats).encoder.batch_size
-    schedule = EncoderTrainConfig(
-        epochs=settings.distil_epochs, batch_size=batch_size, lr=settings.distil_lr, validate_every=1, warmup_steps=50
+    usual = with_data_defaults(TrainConfig(), frozenset(), lengths, num_items, repeats).encoder
+    # With the decay that the data want: with less of it a student forgets what keeps its teachers from learning by heart.
+    schedule = dataclasses.replace(
+        usual, loss="softmax", epochs=settings.distil_epochs, lr=settings.distil_lr, validate_every=1, warmup_steps=50
     )
     train_encoder(
         student,
