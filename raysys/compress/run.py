@@ -12,7 +12,7 @@ from raysys.bundle import Bundle
 from raysys.compress.config import CompressConfig
 from raysys.compress.distil import distilled
 from raysys.compress.judge import Figures, Judge
-from raysys.compress.steps import narrowed, pruned, quantized, shortened, without_unused
+from raysys.compress.steps import narrowed, pruned, quantized, ranking_fewer, shortened, without_unused, without_weak
 from raysys.errors import ConfigError
 from raysys.evaluate import metrics
 from raysys.prepare.dataset import Prepared
@@ -62,6 +62,9 @@ def _candidates(step: str, bundle: Bundle, prepared: Prepared, settings: Compres
     """(name, bundle) of what a step may give, the boldest first."""
     if step == "unused":
         yield "unused sources dropped", without_unused(bundle)
+    elif step == "weak":
+        if (fewer := without_weak(bundle, settings.weak_share)) is not None:
+            yield f"weak sources dropped ({', '.join(sorted(set(bundle.models) - set(fewer.models)))})", fewer
     elif step == "distil":
         student = distilled(bundle, prepared, settings, say)
         if student is not None:
@@ -77,6 +80,10 @@ def _candidates(step: str, bundle: Bundle, prepared: Prepared, settings: Compres
     elif step == "prune":
         for most in sorted(settings.neighbours):
             yield f"{most} entries a row", pruned(bundle, most)
+    elif step == "few":
+        for count in sorted(settings.candidates):
+            if count < bundle.num_candidates:
+                yield f"{count} candidates ranked", ranking_fewer(bundle, count)
     else:
         yield "int8", quantized(bundle)
 

@@ -7,6 +7,7 @@ import numpy as np
 from raysys.bundle import Bundle, load_model
 from raysys.models.base import Arrays
 from raysys.models.content import projected
+from raysys.models.fusion import Fusion
 from raysys.packing import packed, unpacked
 
 ALWAYS = ("popularity", "content", "ranker")
@@ -17,11 +18,31 @@ SPARSE = {"linear": "coefficients", "covisit": "counts", "recent": "counts"}
 
 def without_unused(bundle: Bundle) -> Bundle:
     """Without the sources that have no weight and that the ranker does not look at."""
-    mixture = bundle.fusion["mixture"]
+    weights = bundle.fusion["mixture"]["weights"]
     looked_at = {*bundle.fusion.get("ranker_sources", ()), *ALWAYS}
-    kept = {name: model for name, model in bundle.models.items() if name in looked_at or mixture["weights"].get(name, 0.0) > 0}
-    parts = {part: {name: value for name, value in mixture[part].items() if name in kept} for part in ("weights", "temperatures")}
-    return dataclasses.replace(bundle, models=kept, fusion={**bundle.fusion, "mixture": {**mixture, **parts}})
+    return _of_sources(bundle, {name for name in bundle.models if name in looked_at or weights.get(name, 0.0) > 0})
+
+
+def without_weak(bundle: Bundle, share: float) -> Bundle | None:
+    """Without the sources that have less than a share of the mixture, for the ranker too.
+
+    None where there is none, or where a judge looks at all of them.
+    """
+    weights, ranker = bundle.fusion["mixture"]["weights"], bundle.models.get("ranker")
+    weak = {name for name in bundle.models if name not in ALWAYS and weights.get(name, 0.0) < share}
+    if not weak or (ranker is not None and ranker.judge is not None):
+        return None
+    fewer = _of_sources(bundle, set(bundle.models) - weak)
+    if ranker is None:
+        return fewer
+    ranker = ranker.without(weak)
+    fusion = {**fewer.fusion, "ranker_sources": list(ranker.sources)}
+    return dataclasses.replace(fewer, models={**fewer.models, "ranker": ranker}, fusion=fusion)
+
+
+def ranking_fewer(bundle: Bundle, count: int) -> Bundle:
+    """With fewer candidates from retrieval to ranking."""
+    return dataclasses.replace(bundle, fusion={**bundle.fusion, "num_candidates": count})
 
 
 def shortened(bundle: Bundle, share: float) -> Bundle | None:
@@ -74,6 +95,14 @@ def quantized(bundle: Bundle) -> Bundle:
         arrays, meta = model.to_arrays()
         models[name] = load_model(name, unpacked(*packed(arrays)), meta)
     return dataclasses.replace(bundle, models=models)
+
+
+def _of_sources(bundle: Bundle, names: set[str]) -> Bundle:
+    mixture = bundle.fusion["mixture"]
+    models = {name: model for name, model in bundle.models.items() if name in names}
+    temperatures = {name: value for name, value in mixture["temperatures"].items() if name in models}
+    fusion = Fusion.of({name: weight for name, weight in mixture["weights"].items() if name in models}, temperatures)
+    return dataclasses.replace(bundle, models=models, fusion={**bundle.fusion, "mixture": fusion.to_dict()})
 
 
 def _largest_entries(arrays: Arrays, values: str, most: int) -> Arrays:

@@ -45,7 +45,9 @@ class FrozenRanker:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(B, K) float32 relevance and (B, K) float32 logits of being the next item; arguments as for `RankerNetwork.forward`."""
         arguments = (history_BT, lengths_B, items_BK, fused_BK, log_probs_BKS)
-        parts = [self._some(*(values[first : first + AT_ONCE] for values in arguments)) for first in range(0, len(items_BK), AT_ONCE)]
+        parts = [
+            self._some(*(values[first : first + AT_ONCE] for values in arguments)) for first in range(0, max(1, len(items_BK)), AT_ONCE)
+        ]
         return tuple(np.concatenate(logits) if len(parts) > 1 else logits[0] for logits in zip(*parts, strict=True))  # type: ignore[return-value]
 
     def _some(

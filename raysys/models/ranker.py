@@ -11,7 +11,7 @@ Source: Zhou et al., "Deep Interest Network", KDD 2018 (target attention).
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -28,6 +28,8 @@ from raysys.queries import Queries
 LABEL = "the user's next event, given a retrieved item"
 NEGATIVES = "other retrieved candidates"
 FROZEN = ("item_vectors", "content_vectors", "popularity")
+OTHER_DENSE = 7
+"""Features that need no learning beside those of the sources."""
 JUDGE = "judge/"
 """Prefix of the arrays of the judge."""
 
@@ -85,7 +87,7 @@ class RankerNetwork(nn.Module):
         self.value = nn.Linear(dim, width)
         self.candidate = nn.Linear(dim, width)
         self.recency = nn.Parameter(torch.zeros(config.max_history))
-        self.num_dense = num_sources + 7
+        self.num_dense = num_sources + OTHER_DENSE
         features = self.num_dense + 2 * width
         self.register_buffer("mean", torch.zeros(self.num_dense))
         self.register_buffer("std", torch.ones(self.num_dense))
@@ -243,6 +245,26 @@ class Ranker:
         if judge is not None:
             judge = judge.with_opinions(judge.opinions.update(sequences, new))
         return Ranker(network, self.sources, calibration=self.calibration, judge=judge)
+
+    def without(self, sources: Iterable[str]) -> "Ranker":
+        """As if some sources always said the same: what they say is left out of the features, which stand at their mean there.
+
+        Raises:
+            ValueError: there is a judge, who looks at all of them.
+        """
+        if self.judge is not None:
+            raise ValueError("expected a ranker without a judge, which looks at every source")
+        gone = set(sources)
+        kept = [at for at, name in enumerate(self.sources) if name not in gone]
+        old = self.network
+        network = RankerNetwork(old.item_vectors, old.content_vectors, old.popularity, len(kept), old.config)
+        state, others = old.state_dict(), range(len(self.sources), len(self.sources) + OTHER_DENSE)
+        for name in ("mean", "std"):
+            state[name] = state[name][[*kept, *others]]
+        weight = state["hidden.0.weight"]
+        state["hidden.0.weight"] = weight[:, [*kept, *range(len(self.sources), weight.shape[1])]]
+        network.load_state_dict(state)
+        return Ranker(network, tuple(self.sources[at] for at in kept), calibration=self.calibration)
 
     def grown(self, mix: np.ndarray, content: np.ndarray) -> "Ranker":
         """With rows for M new items; the row of padding stays the last.

@@ -11,12 +11,13 @@ from raysys.bundle import Bundle
 from raysys.compress.config import CompressConfig
 from raysys.compress.distil import distilled
 from raysys.compress.run import compress
-from raysys.compress.steps import narrowed, pruned, shortened, without_unused
+from raysys.compress.steps import narrowed, pruned, ranking_fewer, shortened, without_unused, without_weak
 from raysys.compress.teachers import teacher_of
 from raysys.errors import ConfigError
 from raysys.models.content import projected
 from raysys.models.fusion import log_softmax
 from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetriever
+from raysys.pipeline import Pipeline
 from raysys.prepare.dataset import Prepared
 from raysys.queries import Queries
 from raysys.train.batches import InMemory
@@ -75,6 +76,33 @@ def test_an_answer_from_fewer_events_is_that_of_a_shorter_history(deep_bundle):
     assert np.abs(short.models["interest"].user_vectors(whole) - bundle.models["interest"].user_vectors(whole)).max() > 1e-3
     loaded = type(bundle.models["interest"]).from_arrays(*short.models["interest"].to_arrays())
     assert loaded.encoder.config.looked_at == 8
+
+
+def test_a_weak_source_is_dropped_and_the_ranker_takes_it_at_its_mean(planted_bundle):
+    bundle = Bundle.open(planted_bundle)
+    mixture, ranker = bundle.fusion["mixture"], bundle.models["ranker"]
+    weights = {name: 0.05 if name == "covisit" else 0.5 for name in mixture["weights"]}
+    bundle = dataclasses.replace(bundle, fusion={**bundle.fusion, "mixture": {**mixture, "weights": weights}})
+    assert "covisit" in ranker.sources and without_weak(bundle, 0.01) is None
+    fewer = without_weak(bundle, 0.1)
+    assert "covisit" not in fewer.models and "covisit" not in fewer.fusion["ranker_sources"]
+    assert sum(fewer.fusion["mixture"]["weights"].values()) == pytest.approx(1.0)
+    queries = Queries.from_lists([list(range(row, row + 9)) for row in range(4)])
+    found = Pipeline(bundle).retrieve(queries).candidates
+    at, log_probs = found.sources.index("covisit"), found.log_probs.copy()
+    log_probs[:, :, at] = float(ranker.network.mean[ranker.sources.index("covisit")])
+    expected = ranker.score(queries, dataclasses.replace(found, log_probs=log_probs))
+    for given, wanted in zip(fewer.models["ranker"].score(queries, found), expected, strict=True):
+        np.testing.assert_allclose(given, wanted, atol=1e-5)
+    Pipeline(fewer).recommend(queries, 5)
+
+
+def test_a_bundle_says_how_many_candidates_are_ranked(planted_bundle, tmp_path):
+    bundle = Bundle.open(planted_bundle)
+    ranking_fewer(bundle, 30).write(str(tmp_path / "few"), manifest=planted.manifest())
+    few, queries = Bundle.open(str(tmp_path / "few")), Queries.from_lists([[1, 2, 3]])
+    assert Pipeline(few).retrieve(queries).candidates.items.shape == (1, 30)
+    assert Pipeline(bundle).retrieve(queries).candidates.items.shape[1] > 30
 
 
 def test_content_on_its_principal_axes_keeps_the_cosines_that_it_can(deep_bundle, planted_bundle):
@@ -183,7 +211,7 @@ def test_wrong_calls_say_what_was_expected(deep_bundle, prepared, tmp_path, caps
     Bundle.open(deep_bundle).write(seen, manifest={**planted.manifest(), "fit": "train+valid"})
     with pytest.raises(ConfigError, match="fitted on train"):
         compress(seen, prepared, str(tmp_path / "out"), CompressConfig())
-    with pytest.raises(ValueError, match="unused, distil, shorten, narrow, prune, quantize"):
+    with pytest.raises(ValueError, match="unused, weak, distil, shorten, narrow, prune, few, quantize"):
         CompressConfig(steps=["shrink"])
     code = cli.main(["compress", deep_bundle, "--prepared", prepared, "--out", str(tmp_path / "out"), "--max-loss", "much"])
     assert code != 0 and "--max-loss: expected a share" in capsys.readouterr().err

@@ -48,6 +48,7 @@ def test_a_frozen_ranker_says_the_same(content):
     assert np.ptp(expected[0][0]) > 1, "logits that hardly differ could not tell a wrong one"
     for wanted, given in zip(expected, found, strict=True):
         np.testing.assert_allclose(given, wanted, atol=1e-4, rtol=1e-4)
+    assert [part.shape for part in frozen.score(queries[:0], candidates[slice(0, 0)])] == [(0, K), (0, K)]
     for row in range(len(queries)):
         alone = frozen.score(queries[row : row + 1], candidates[slice(row, row + 1)])
         for wanted, given in zip(expected, alone, strict=True):
