@@ -67,7 +67,8 @@ def ensemble_section(result: dict) -> str:
         "",
         f"Seeds {about['seeds']}; commit {about['commit']}, {about['date']}. The encoder alone, and the whole pipeline of "
         "the first seed with that encoder in it.",
-        "Differences to the first seed, 95% intervals over users. The student costs what one encoder costs.",
+        "Differences to the first seed, 95% intervals over users. The student costs what one encoder costs"
+        + (f" ({about['student']})." if "student" in about else "."),
         "",
         "| who | encoder recall@10 | ndcg@10 | less the first | final recall@10 | ndcg@10 | less the first |",
         "|---|---|---|---|---|---|---|",
