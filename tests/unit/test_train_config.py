@@ -1,5 +1,7 @@
 """Defaults that follow from the data, and settings that cannot stand together."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from raysys.online.feed import flat_sequences
 from raysys.queries import Queries
 from raysys.train.config import LARGE_CATALOGUE, demo_config, load_train_config, with_data_defaults
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 LENGTHS, LONG = np.full(1000, 8), np.full(5000, 100)
 
 
@@ -63,3 +66,11 @@ def test_repeats_by_hand():
     """User 0 has items 1 1 2, user 1 has 1 3: one of five events repeats. An item of two users does not, nor do unknown items."""
     assert sequences([[1, 1, 2], [1, 3], [-1, -1]]).repeats == pytest.approx(1 / 5)
     assert sequences([[]]).repeats == 0.0
+
+
+@pytest.mark.parametrize("path", sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "tune.yaml"), ids=lambda path: path.stem)
+def test_the_configs_of_data_sets_are_settings_of_train(path):
+    settings, given = load_train_config(str(path), [])
+    assert {name.partition(".")[0] for name in given} == {"interest", "encoder"}
+    assert with_data_defaults(settings, given, LENGTHS, 5000, 0.0).interest.dropout == settings.interest.dropout
+    assert f"## {path.stem}" in (CONFIGS / "README.md").read_text(), "its sweep"
