@@ -209,7 +209,7 @@ def _stop(process: subprocess.Popen, port: int, marker: bytes) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30  # Serve's own proxy takes its time to let go of the port
     while port_holder(port) is not None and time.monotonic() < deadline:
         time.sleep(0.1)
 
