@@ -92,6 +92,21 @@ def test_new_item_reaches_those_whom_it_fits_and_nobody_else(world):
     assert world.client.get("/v1/items/brand-new").status_code == 404
 
 
+def test_content_is_compared_only_where_a_new_item_could_be_placed(world, monkeypatch):
+    wanted, retrieve = [], world.backend.retrieve
+
+    async def noted(*arguments):
+        wanted.append(arguments[-1])
+        return await retrieve(*arguments)
+
+    monkeypatch.setattr(world.backend, "retrieve", noted)
+    world.ids(user_id="user-1")
+    world.client.put("/v1/items/brand-new", json={"title": "space battle rockets galaxy"})
+    world.ids(user_id="user-1")
+    world.ids(user_id="nobody")
+    assert wanted[0] == wanted[2] == 0 < wanted[1]
+
+
 def test_deleted_and_unavailable_items_never_come_back(world):
     victims = world.ids(user_id="user-2", n=3)
     world.client.delete(f"/v1/items/{victims[0]}")
