@@ -15,7 +15,7 @@ from scipy import sparse
 
 from raysys.errors import SchemaError
 from raysys.models.base import Arrays, Meta
-from raysys.models.neighbours import faded_events, faded_history, strongest, summed_rows
+from raysys.models.neighbours import FadedEvents, faded_events, history_of, strongest, summed_rows
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
 
@@ -179,8 +179,7 @@ class Covisitation:
 
     def scores(self, queries: Queries) -> np.ndarray:
         """(B, N) float32 `sums`, zeros spelt out."""
-        weights, config = _weights_of(queries.events, self.event_weights), self.config
-        return summed_rows(faded_events(queries, weights, decay=config.session_decay, longest=config.max_history), self.matrix)
+        return summed_rows(self._events(queries), self.matrix)
 
     def sums(self, queries: Queries) -> sparse.csr_array:
         """(B, N) CSR float32 sum over the history of decayed similarity; 0 where nothing is known."""
@@ -229,9 +228,11 @@ class Covisitation:
 
     def _history(self, queries: Queries) -> sparse.csr_array:
         """(B, N) CSR float32 weight of each history item: event weight, faded by its place from the end."""
+        return history_of(self._events(queries), self.num_items)
+
+    def _events(self, queries: Queries) -> FadedEvents:
         weights = _weights_of(queries.events, self.event_weights)
-        config = self.config
-        return faded_history(queries, weights, decay=config.session_decay, longest=config.max_history, num_items=self.num_items)
+        return faded_events(queries, weights, decay=self.config.session_decay, longest=self.config.max_history)
 
     @cached_property
     def matrix(self) -> sparse.csr_array:

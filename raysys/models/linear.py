@@ -17,7 +17,7 @@ import numpy as np
 from scipy import linalg, sparse
 
 from raysys.models.base import Arrays, Meta
-from raysys.models.neighbours import faded_events, faded_history, strongest, summed_rows
+from raysys.models.neighbours import FadedEvents, faded_events, history_of, strongest, summed_rows
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
 
@@ -108,8 +108,7 @@ class Linear:
 
     def scores(self, queries: Queries) -> np.ndarray:
         """(B, N) float32 `sums`, zeros spelt out."""
-        config, weights = self.config, self._weights(queries)
-        return summed_rows(faded_events(queries, weights, decay=config.decay, longest=config.window), self.matrix)
+        return summed_rows(self._events(queries), self.matrix)
 
     def sums(self, queries: Queries) -> sparse.csr_array:
         """(B, N) CSR float32 sum over the history of faded coefficients; 0 where nothing is known."""
@@ -146,11 +145,11 @@ class Linear:
 
     def _history(self, queries: Queries) -> sparse.csr_array:
         """(B, N) CSR float32 weight of each history item, faded by its place from the end."""
-        config, weights = self.config, self._weights(queries)
-        return faded_history(queries, weights, decay=config.decay, longest=config.window, num_items=self.matrix.shape[0])
+        return history_of(self._events(queries), self.matrix.shape[0])
 
-    def _weights(self, queries: Queries) -> np.ndarray:
-        return _counts(queries.events, self.event_weights).astype(np.float32)
+    def _events(self, queries: Queries) -> FadedEvents:
+        weights = _counts(queries.events, self.event_weights).astype(np.float32)
+        return faded_events(queries, weights, decay=self.config.decay, longest=self.config.window)
 
 
 def _add_moments(gram: np.ndarray, cross: np.ndarray, rows: np.ndarray, items: np.ndarray, config: LinearConfig) -> None:

@@ -9,8 +9,11 @@ from scipy import sparse
 
 from raysys.queries import Queries
 
+FadedEvents = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Items (e,) int32 and weights (e,) float32, and where each history begins in them, (B + 1,) int64."""
 
-def faded_events(queries: Queries, weights: np.ndarray, *, decay: float, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+
+def faded_events(queries: Queries, weights: np.ndarray, *, decay: float, longest: int) -> FadedEvents:
     """Events of the histories that count, each faded by its place from the end.
 
     Args:
@@ -19,8 +22,6 @@ def faded_events(queries: Queries, weights: np.ndarray, *, decay: float, longest
         decay: weight of an event relative to the one after it.
         longest: last events of a history that are looked at.
 
-    Returns:
-        Items (e,) int32 and weights (e,) float32, and where each history begins in them, (B + 1,) int64.
     """
     counted = weights > 0
     rows, items, weights = queries.rows[counted], queries.items[counted], weights[counted]
@@ -31,20 +32,20 @@ def faded_events(queries: Queries, weights: np.ndarray, *, decay: float, longest
     return items, weights, np.concatenate([[0], ends])
 
 
-def faded_history(queries: Queries, weights: np.ndarray, *, decay: float, longest: int, num_items: int) -> sparse.csr_array:
-    """(B, N) CSR float32 weight of each history item; arguments as for `faded_events`."""
-    items, weights, indptr = faded_events(queries, weights, decay=decay, longest=longest)
-    history = sparse.csr_array((weights, items, indptr), shape=(len(queries), num_items))
+def history_of(events: FadedEvents, num_items: int) -> sparse.csr_array:
+    """(B, N) CSR float32 weight of each history item."""
+    items, weights, indptr = events
+    history = sparse.csr_array((weights, items, indptr), shape=(len(indptr) - 1, num_items))
     history.sum_duplicates()
     history.eliminate_zeros()
     return history
 
 
-def summed_rows(events: tuple[np.ndarray, np.ndarray, np.ndarray], matrix: sparse.csr_array) -> np.ndarray:
+def summed_rows(events: FadedEvents, matrix: sparse.csr_array) -> np.ndarray:
     """(B, N) float32 sum over each history of its items' rows of an (N, N) matrix, times their weights.
 
     Args:
-        events: what `faded_events` gives.
+        events: of the histories.
         matrix: CSR float32.
     """
     items, weights, indptr = events
