@@ -162,7 +162,7 @@ class Ranker:
         judge: gives the probabilities instead, over the tables of the network; None where no event tells what is liked.
 
     Attributes:
-        logits: what computes for `score`, arguments as `network_inputs` gives them; the network, or a `FrozenRanker` in its place.
+        logits: what computes in place of the network, such as a `FrozenRanker`, from what `network_inputs` gives; None for the network.
     """
 
     name = "ranker"
@@ -171,7 +171,7 @@ class Ranker:
         self, network: RankerNetwork, sources: tuple[str, ...], *, calibration: tuple[float, float] | None, judge: Judge | None = None
     ):
         self.network, self.sources, self.calibration, self.judge = network.eval(), tuple(sources), calibration, judge
-        self.logits: Callable[..., tuple[np.ndarray, np.ndarray]] = self._by_network
+        self.logits: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None
 
     @property
     def label(self) -> str:
@@ -186,7 +186,7 @@ class Ranker:
     def to(self, device: str) -> None:
         """Compute on this device of torch from now on."""
         self.network.to(device)
-        self.logits = self._by_network
+        self.logits = None
 
     def score(self, queries: Queries, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
         """Relevance logits, and probabilities of being the next item.
@@ -204,7 +204,7 @@ class Ranker:
         columns = [candidates.sources.index(name) for name in self.sources]
         candidates = replace(candidates, log_probs=candidates.log_probs[:, :, columns], sources=self.sources)
         padding = candidates.items < 0
-        logits, following = self.logits(*network_inputs(self.network, queries, candidates))
+        logits, following = (self.logits or self._by_network)(*network_inputs(self.network, queries, candidates))
         logits[padding] = -np.inf
         if self.calibration is None:
             probabilities: np.ndarray = np.full(logits.shape, np.nan, np.float32)
