@@ -44,7 +44,7 @@ def distilled(bundle: Bundle, prepared: Prepared, settings: CompressConfig, say=
     evidence = Evidence(prepared, TrainConfig(seed=settings.seed), None)
     lengths, num_items, repeats = evidence.statistics
     usual = with_data_defaults(TrainConfig(), frozenset(), lengths, num_items, repeats).encoder
-    # With the decay that the data want: with less of it a student forgets what keeps its teachers from learning by heart.
+    # Size of a step and weight decay as the data want them, like the teachers'.
     schedule = dataclasses.replace(
         usual, loss="softmax", epochs=settings.distil_epochs, lr=settings.distil_lr, validate_every=1, warmup_steps=50
     )

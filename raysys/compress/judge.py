@@ -20,7 +20,7 @@ from raysys.prepare.dataset import Prepared
 
 K = 10
 SINGLES, BATCH, BATCHES = 300, 64, 20
-"""Requests timed one at a time, and the size of the batches that throughput is taken from."""
+"""Requests timed one at a time, and size and number of the batches that throughput is taken from."""
 
 
 @dataclass(frozen=True)

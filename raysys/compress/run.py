@@ -82,8 +82,8 @@ def _candidates(step: str, bundle: Bundle, prepared: Prepared, settings: Compres
             yield f"{most} entries a row", pruned(bundle, most)
     elif step == "few":
         for count in sorted(settings.candidates):
-            if count < bundle.num_candidates:
-                yield f"{count} candidates ranked", ranking_fewer(bundle, count)
+            if (fewer := ranking_fewer(bundle, count)) is not None:
+                yield f"{count} candidates ranked", fewer
     else:
         yield "int8", quantized(bundle)
 

@@ -40,8 +40,10 @@ def without_weak(bundle: Bundle, share: float) -> Bundle | None:
     return dataclasses.replace(fewer, models={**fewer.models, "ranker": ranker}, fusion=fusion)
 
 
-def ranking_fewer(bundle: Bundle, count: int) -> Bundle:
-    """With fewer candidates from retrieval to ranking."""
+def ranking_fewer(bundle: Bundle, count: int) -> Bundle | None:
+    """With fewer candidates from retrieval to ranking; None where they are no more."""
+    if count >= bundle.num_candidates:
+        return None
     return dataclasses.replace(bundle, fusion={**bundle.fusion, "num_candidates": count})
 
 

@@ -30,10 +30,12 @@ class Clients:
         threads = [threading.Thread(target=self._write, args=(number, url, stop)) for number in range(CLIENTS)]
         for thread in threads:
             thread.start()
-        yield
-        stop.set()
-        for thread in threads:
-            thread.join()
+        try:
+            yield
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
 
     def _write(self, number: int, url: str, stop: threading.Event) -> None:
         while not stop.is_set():
