@@ -42,13 +42,22 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=6, help="of the student")
     parser.add_argument("--share", type=float, default=CompressConfig().distil_share, help="weight of the teacher in what it learns")
+    parser.add_argument("--thinned", type=float, default=CompressConfig().distil_thinned, help="share of events left out of its histories")
+    parser.add_argument("--lr", type=float, default=CompressConfig().distil_lr, help="peak learning rate of the student")
     arguments = parser.parse_args()
     folder = Path(arguments.out).absolute()
     uris = [str(folder / arguments.name / f"bundle-{seed}") for seed in arguments.seeds]
     prepared = Prepared.open(str(folder / f"{arguments.name}-prepared"))
     bundles = [Bundle.open(uri) for uri in uris]
     first = bundles[0]
-    settings = CompressConfig(teachers=uris[1:], student_layers=1.0, distil_epochs=arguments.epochs, distil_share=arguments.share)
+    settings = CompressConfig(
+        teachers=uris[1:],
+        student_layers=1.0,
+        distil_epochs=arguments.epochs,
+        distil_share=arguments.share,
+        distil_thinned=arguments.thinned,
+        distil_lr=arguments.lr,
+    )
     student = distilled(first, prepared, settings, say=lambda text: print(f"  {text}", flush=True))
     assert student is not None
     teacher = InterestRetriever(teacher_of(first, uris[1:]), first.models["interest"].warm)
@@ -68,7 +77,8 @@ def main() -> int:
         rows.append(row)
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     about = {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "seeds": str(arguments.seeds)}
-    about |= {"student": f"{arguments.epochs} epochs, {arguments.share:g} teacher"}
+    how = f"{arguments.share:g} teacher, {arguments.thinned:g} of the events left out, lr {arguments.lr:g}"
+    about |= {"student": f"{arguments.epochs} epochs, {how}"}
     result = {"name": f"{arguments.name}-ensemble", "kind": "ensemble", "data": arguments.name, "rows": rows, "about": about}
     storage.write_json(str(folder / f"{arguments.name}-ensemble.json"), result)
     return 0

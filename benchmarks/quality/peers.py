@@ -9,6 +9,7 @@ benchmarks/scale/training.py). Leaves NAME-peers.json, which report.py shows bes
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -65,13 +66,16 @@ def measured(python: str, script: Path, source: Path, model: str, seconds: float
         ranks_path = Path(folder) / "ranks.npy"
         started = time.perf_counter()
         command = [python, str(script), str(source.absolute()), model, str(seconds), str(ranks_path)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{script.name} {model} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
+        log = Path(folder) / "log"
+        with log.open("w") as output:
+            process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+            _, status, usage = os.wait4(process.pid, 0)  # what this process took, which `subprocess` does not say
+        if status:
+            raise SystemExit(f"{script.name} {model} ended with status {os.waitstatus_to_exitcode(status)}:\n{log.read_text()[-3000:]}")
         ranks = np.load(ranks_path)
     figures = metrics.mean_with_intervals(metrics.rank_metrics(ranks, (10,)), np.arange(len(ranks)), resamples=1000, seed=0)
     kept = {name: figures[name] for name in ("ndcg@10", "ndcg@10_interval", "recall@10", "recall@10_interval")}
-    return {**kept, "users": len(ranks), "seconds": time.perf_counter() - started}
+    return {**kept, "users": len(ranks), "seconds": time.perf_counter() - started, "peak_bytes": usage.ru_maxrss * 1024}
 
 
 if __name__ == "__main__":

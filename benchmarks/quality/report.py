@@ -93,7 +93,8 @@ def section(result: dict, peers: dict | None = None) -> str:
     lines += [f"| {title} | {' | '.join(cells(figures))} |" for title, figures in rows]
     for row in peers["rows"] if peers else ():
         low, high = row["ndcg@10_interval"]
-        title = f"trained here, {row['seconds'] / 60:.0f} minutes: {row['series']}"
+        memory = f", {row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else ""
+        title = f"trained here, {row['seconds'] / 60:.1f} minutes{memory}: {row['series']}"
         lines.append(f"| {title} | {row['recall@10']:.4f} | {row['ndcg@10']:.4f} | {low:.4f} to {high:.4f} | | |")
     lines += [
         f"| published: {who} | {shown(recall)} | {shown(ndcg)} | | | |" for who, (recall, ndcg) in SETS[result["data"]].published.items()

@@ -30,6 +30,9 @@ class CompressConfig:
     """Peak learning rate of the student, which starts as the teacher's lower layers."""
     distil_share: float = 0.7
     """Weight of the teacher's distribution in what the student learns; the rest is the event that came."""
+    distil_thinned: float = 0.0
+    """Share of the events that are left out of the histories that the student learns on, others in every epoch: its teachers do not know
+    by heart what follows there."""
     lengths: list[float] = field(default_factory=lambda: [0.25, 0.375, 0.5, 0.75])
     """Shares of the events that the encoder has learnt from which `shorten` tries, the fewest first."""
     widths: list[int] = field(default_factory=lambda: [64, 128, 192])
@@ -45,7 +48,7 @@ class CompressConfig:
         unknown = [step for step in self.steps if step not in STEPS]
         if unknown or not self.steps:
             raise ValueError(f"expected steps out of {', '.join(STEPS)}, got {', '.join(unknown) or 'none'}")
-        for name in ("max_loss", "weak_share", "student_layers", "distil_share"):
+        for name in ("max_loss", "weak_share", "student_layers", "distil_share", "distil_thinned"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"expected {name} in [0, 1], got {getattr(self, name)}")
         if not all(0 < share < 1 for share in self.lengths):

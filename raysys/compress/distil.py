@@ -12,9 +12,9 @@ import torch
 from raysys.bundle import Bundle
 from raysys.compress.config import CompressConfig
 from raysys.compress.teachers import teacher_of
+from raysys.compress.thinned import Thinned
 from raysys.models.interest import InterestEncoder, InterestRetriever
 from raysys.prepare.dataset import Prepared
-from raysys.train.batches import InMemory
 from raysys.train.config import TrainConfig, with_data_defaults
 from raysys.train.encoder import train_encoder
 from raysys.train.evidence import Evidence
@@ -50,7 +50,7 @@ def distilled(bundle: Bundle, prepared: Prepared, settings: CompressConfig, say=
     )
     train_encoder(
         student,
-        InMemory(evidence.piece(0).of("refit")),
+        Thinned(evidence.piece(0).of("refit"), settings.distil_thinned),
         schedule,
         seed=settings.seed,
         validate=validation(evidence),

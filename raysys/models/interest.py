@@ -10,6 +10,8 @@ Transformers: Redefining Ranking for Scalable Impact" (LiGR), 2025; rotary posit
 """
 
 import copy
+import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
@@ -338,9 +340,23 @@ class InterestRetriever:
         self._items: Tensor | None = None  # the item vectors on another device, where `to` moved them
         self._remembered: Remembered | None = None
 
-    def remember(self, size: int) -> None:
-        """Keep the vectors of the histories asked for last, at most `size`; 0 keeps none. For a process that serves."""
-        self._remembered = Remembered(self._encode, self.encoder.config.looked_at, size, self.encoder.codes) if size else None
+    def remember(self, size: int, folder: str | None = None) -> None:
+        """Keep vectors of the histories asked for, for a process that serves.
+
+        Args:
+            size: histories at most; 0 keeps none.
+            folder: of the node, where all processes that name it share what they keep; None for this process alone.
+        """
+        if not size:
+            self._remembered = None
+            return
+        dim, looked_at = self.item_vectors.shape[1], self.encoder.config.looked_at
+        path = None if folder is None else os.path.join(folder, f"{dim}x{size}")
+        model = hashlib.blake2b(str(looked_at).encode(), digest_size=32)
+        for tensor in self.encoder.state_dict().values():
+            model.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
+        options = {"dim": dim, "size": size, "model": model.digest(), "path": path}
+        self._remembered = Remembered(self._encode, looked_at, self.encoder.codes, **options)
 
     @classmethod
     def from_encoder(cls, encoder: InterestEncoder, item_counts: np.ndarray) -> "InterestRetriever":

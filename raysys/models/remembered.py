@@ -1,36 +1,52 @@
-"""Vectors of histories that were encoded before: a user who asks again without a new event costs the encoder nothing."""
+"""Vectors of histories that were encoded before: a user who asks again without a new event costs the encoder nothing.
+
+They stand in one table that all processes of a node map: whichever replica is asked, what another has encoded is there. Each history has
+one place, by its hash, and takes it from whoever had it. Nobody waits for anybody: a record that is read while another process writes it
+does not match its checksum and counts as not there.
+
+Nothing in the table says whose a history is, nor what was in it.
+"""
 
 import hashlib
+import logging
+import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 
 import numpy as np
 
 from raysys.queries import Queries
 
+LOG = logging.getLogger(__name__)
+KEY_BYTES, CHECK_BYTES = 16, 8
+
 
 class Remembered:
-    """The least recently used (D,) float32 vectors, by what the encoder would look at.
-
-    Safe for threads; only one at a time encodes.
+    """Safe for threads and processes; only one thread of a process at a time encodes.
 
     Args:
         encode: queries -> (B, D) float32.
         max_length: last events of a history that `encode` looks at.
-        size: vectors kept; each takes 4 D bytes and about 200 for its key and place.
         codes: queries -> (L,) columns of their events that `encode` looks at beside the items; None for one that it does not.
+        dim: D.
+        size: places; each takes 4 D + 24 bytes.
+        model: what tells apart encoders that give one history different vectors.
+        path: file of the table, one for each `dim` and `size`, made if it is not there; None for one that is this process's own.
     """
 
     def __init__(
         self,
         encode: Callable[[Queries], np.ndarray],
         max_length: int,
-        size: int,
         codes: Callable[[Queries], tuple[np.ndarray | None, ...]],
+        *,
+        dim: int,
+        size: int,
+        model: bytes,
+        path: str | None = None,
     ):
-        self._encode, self._max_length, self._size, self._codes = encode, max_length, size, codes
-        self._vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._encode, self._max_length, self._codes, self._model = encode, max_length, codes, model
+        self._records = _table(path, (size, KEY_BYTES + 4 * dim + CHECK_BYTES))
         self._lock = threading.Lock()
         self.hits = self.misses = 0
 
@@ -43,21 +59,53 @@ class Remembered:
         # Codes, since times themselves would tell apart what the encoder does not.
         columns = (queries.items, *(codes for codes in self._codes(queries) if codes is not None))
         keys = [self._key(queries, columns, row) for row in range(len(queries))]
-        # Those of this batch apart: a batch larger than the memory must not lose what it has just found.
-        found: dict[bytes, np.ndarray] = {key: vector for key in keys if (vector := self._vectors.get(key)) is not None}
+        found = {key: vector for key in keys if (vector := self._read(key)) is not None}
         missing = [row for row, key in enumerate(keys) if key not in found]
         self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
         if missing:
             vectors = self._encode(queries if len(missing) == len(keys) else Queries.stack([queries[row : row + 1] for row in missing]))
-            found |= {keys[row]: vectors[at].copy() for at, row in enumerate(missing)}
-        for key in keys:
-            self._vectors[key] = found[key]
-            self._vectors.move_to_end(key)
-        while len(self._vectors) > self._size:
-            self._vectors.popitem(last=False)
+            for row, vector in zip(missing, vectors, strict=True):
+                found[keys[row]] = vector
+                self._write(keys[row], vector)
         return np.stack([found[key] for key in keys])
 
     def _key(self, queries: Queries, columns: tuple[np.ndarray, ...], row: int) -> bytes:
         first, stop = queries.indptr[row], queries.indptr[row + 1]
         window = slice(max(first, stop - self._max_length), stop)
-        return hashlib.blake2b(b"".join(column[window].tobytes() for column in columns), digest_size=16).digest()
+        content = b"".join(column[window].tobytes() for column in columns)
+        return hashlib.blake2b(content, digest_size=KEY_BYTES, key=self._model).digest()
+
+    def _place(self, key: bytes) -> int:
+        return int.from_bytes(key[:8], "little") % len(self._records)
+
+    def _read(self, key: bytes) -> np.ndarray | None:
+        record = self._records[self._place(key)].tobytes()
+        content = record[:-CHECK_BYTES]
+        if not record.startswith(key) or _check(content) != record[-CHECK_BYTES:]:
+            return None
+        return np.frombuffer(content, np.float32, offset=KEY_BYTES)
+
+    def _write(self, key: bytes, vector: np.ndarray) -> None:
+        content = key + vector.astype(np.float32, copy=False).tobytes()
+        self._records[self._place(key)] = np.frombuffer(content + _check(content), np.uint8)
+
+
+def _check(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=CHECK_BYTES).digest()
+
+
+def _table(path: str | None, shape: tuple[int, int]) -> np.ndarray:
+    """(size, bytes of a record) uint8: the file's content mapped, or memory of this process where there can be no file."""
+    if path is not None:
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                # All of it now: a page that the disk has no room for later would end the process.
+                os.posix_fallocate(file, 0, shape[0] * shape[1])
+            finally:
+                os.close(file)
+            return np.memmap(path, np.uint8, "r+", shape=shape)
+        except OSError as error:
+            LOG.warning("each replica remembers histories by itself: %s: %s", path, error)
+    return np.zeros(shape, np.uint8)

@@ -43,7 +43,7 @@ class AppArgs(BaseModel):
         "cpu", description="where models compute; auto: on the GPU that num_gpus gave to those that do, else on the CPU"
     )
     threads: int = Field(1, ge=1, description="torch threads of each replica that computes")
-    cached_histories: int = Field(20_000, ge=0, description="histories whose encoded vectors a replica keeps; about 500 bytes each")
+    cached_histories: int = Field(20_000, ge=0, description="histories whose encoded vectors a node keeps; about 300 bytes each")
     pools_from: int = Field(
         50_000, ge=0, description="items from which retrieval looks at the best of each source, by an index, instead of all; 0: never"
     )

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
+from raysys import storage
 from raysys.bundle import MODEL_CLASSES, Bundle
 from raysys.errors import ConfigError
 from raysys.models.base import Candidates
@@ -48,7 +49,7 @@ class Compute:
     device: str = "cpu"
     """`cpu`, `cuda`, or `auto`; see `device_of`."""
     cached_histories: int = 20_000
-    """Histories whose vectors are kept, so that asking again without a new event does not encode again; about 500 bytes each."""
+    """Histories whose vectors a node keeps, so that asking again without a new event does not encode again; about 300 bytes each."""
     pools: PoolConfig = PoolConfig()
     """From which catalogue size on retrieval asks an index."""
 
@@ -85,7 +86,8 @@ class Models:
             if pipeline is None:
                 pipeline = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only)).to(self._device).frozen()
                 if "interest" in pipeline.bundle.models:
-                    pipeline.bundle.models["interest"].remember(self._compute.cached_histories)
+                    shared = str(storage.home() / "cache" / "histories")
+                    pipeline.bundle.models["interest"].remember(self._compute.cached_histories, shared)
                 if pipeline.sources:
                     pipeline.pooled(self._compute.pools)
                 self._loaded[version] = pipeline

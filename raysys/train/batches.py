@@ -1,5 +1,8 @@
 """Batches of user sequences with little padding: windows, sorted by length in buckets.
 
+Short histories may be repeated in the room that longer ones need (repeated padding, Dang et al., "Repeated Padding for Sequential
+Recommendation", RecSys 2024).
+
 A pool is what is shuffled together: all of the data where it is in memory
 (`InMemory`), some fragments of it where it is streamed (`stream.py`). A global
 batch is determined by (seed, epoch, pool, index), never by who asks for it, so
@@ -10,7 +13,7 @@ Legend: B sequences, T positions, W windows, G global batches.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -45,6 +48,7 @@ class Pool:
     Attributes:
         items: (E,) int32. events: (E,) int8. gaps: (E,) int8. Histories, flat.
         start, stop: (W,) int64 flat positions of this rank's windows, batch by batch.
+        copies: (W,) int64, at least 1: how often each stands in its row, padding in between.
         first: (G+1,) int64; batch g has the windows `first[g]:first[g+1]`.
         num_targets: (G,) int64 targets of the whole global batch, over all ranks.
     """
@@ -54,6 +58,7 @@ class Pool:
     gaps: np.ndarray
     start: np.ndarray
     stop: np.ndarray
+    copies: np.ndarray
     first: np.ndarray
     num_targets: np.ndarray
 
@@ -69,9 +74,9 @@ class Pool:
             parts: batches that together are the share; some may be empty.
         """
         share = slice(self.first[index], self.first[index + 1])
-        start, stop = self.start[share], self.stop[share]
+        start, stop, copies = self.start[share], self.stop[share], self.copies[share]
         # Every parts-th one: neighbours have like lengths, so that the parts are alike too.
-        return [_pad(self, start[part::parts], stop[part::parts], padding) for part in range(parts)]
+        return [_pad(self, start[part::parts], stop[part::parts], copies[part::parts], padding) for part in range(parts)]
 
     def compact(self) -> "Pool":
         """The same with nothing but this rank's windows, to be sent from where pools are cut to where they are used."""
@@ -79,14 +84,23 @@ class Pool:
         stop = np.cumsum(lengths)
         start = stop - lengths
         take = np.arange(lengths.sum()) + np.repeat(self.start - start, lengths)
-        return Pool(self.items[take], self.events[take], self.gaps[take], start, stop, self.first, self.num_targets)
+        return Pool(self.items[take], self.events[take], self.gaps[take], start, stop, self.copies, self.first, self.num_targets)
 
 
 class Source(Protocol):
     """Where training histories come from."""
 
     def pools(
-        self, *, max_length: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
+        self,
+        *,
+        max_length: int,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        repeat_short: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        first: int = 0,
     ) -> Iterator[Pool]:
         """One epoch's pools from number `first` on; the same arguments give the same batches.
 
@@ -95,6 +109,7 @@ class Source(Protocol):
             batch_size: windows a global batch.
             seed: of order and cuts.
             epoch: another one is another order.
+            repeat_short: whether windows that leave room are repeated in it; see `cut_pool`.
             rank: this worker.
             world_size: number of workers; together they get what one would.
             first: pools to leave out at the start, where training goes on in the middle of an epoch.
@@ -117,12 +132,21 @@ class InMemory:
     sequences: Sequences
 
     def pools(
-        self, *, max_length: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
+        self,
+        *,
+        max_length: int,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        repeat_short: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        first: int = 0,
     ) -> Iterator[Pool]:
         """See `Source`."""
         if first == 0:
-            rng = pool_rng(seed, epoch, 0)
-            yield cut_pool(self.sequences, max_length=max_length, batch_size=batch_size, rng=rng, rank=rank, world_size=world_size)
+            how: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "repeat_short": repeat_short}
+            yield cut_pool(self.sequences, **how, rng=pool_rng(seed, epoch, 0), rank=rank, world_size=world_size)
 
     def num_windows(self, max_length: int) -> int:
         """See `Source`."""
@@ -161,33 +185,52 @@ def windows(sequences: Sequences, max_length: int, rng: np.random.Generator) -> 
 
 
 def cut_pool(
-    sequences: Sequences, *, max_length: int, batch_size: int, rng: np.random.Generator, rank: int = 0, world_size: int = 1
+    sequences: Sequences,
+    *,
+    max_length: int,
+    batch_size: int,
+    rng: np.random.Generator,
+    repeat_short: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Pool:
     """All windows of some histories in random order, dealt out over the ranks batch by batch.
 
     Every rank draws the same windows in the same order (same `rng` state).
+
+    Args:
+        sequences: the histories.
+        max_length: inputs a row.
+        batch_size: windows a global batch.
+        rng: of cuts, copies and order.
+        repeat_short: give each window as many copies as a draw says, evenly from 1 to what `max_length` has room for.
+        rank: this worker. world_size: number of workers.
     """
     start, stop = windows(sequences, max_length, rng)
+    inputs = stop - start - 1
+    copies = rng.integers(1, (max_length + 1) // (inputs + 1), endpoint=True) if repeat_short else np.ones_like(start)
+    room = copies * (inputs + 1)
     order = rng.permutation(len(start))
     groups = []
     for first in range(0, len(order), batch_size * BUCKET_BATCHES):
         bucket = order[first : first + batch_size * BUCKET_BATCHES]
-        bucket = bucket[np.argsort((stop - start)[bucket], kind="stable")]
+        bucket = bucket[np.argsort(room[bucket], kind="stable")]
         groups += [bucket[at : at + batch_size] for at in range(0, len(bucket), batch_size)]
     groups = [groups[index] for index in rng.permutation(len(groups))]
-    num_targets = np.array([(stop[group] - start[group] - 1).sum() for group in groups], np.int64)
+    num_targets = np.array([(copies * inputs)[group].sum() for group in groups], np.int64)
     shares = [group[rank::world_size] for group in groups]
     mine = np.concatenate([*shares, np.zeros(0, np.int64)]).astype(np.int64)
     first_of = np.concatenate([[0], np.cumsum([len(share) for share in shares])]).astype(np.int64)
     gaps = gap_codes(sequences.times, sequences.indptr)
-    return Pool(sequences.items, sequences.events, gaps, start[mine], stop[mine], first_of, num_targets)
+    return Pool(sequences.items, sequences.events, gaps, start[mine], stop[mine], copies[mine], first_of, num_targets)
 
 
-def _pad(pool: Pool, start: np.ndarray, stop: np.ndarray, padding: int) -> Batch:
-    lengths = stop - start - 1
-    columns = np.arange(lengths.max(initial=0))
-    real = columns[None, :] < lengths[:, None]
-    take = (start[:, None] + columns[None, :])[real]
+def _pad(pool: Pool, start: np.ndarray, stop: np.ndarray, copies: np.ndarray, padding: int) -> Batch:
+    stride = stop - start  # inputs of a copy, and the padding that keeps its last from being followed by the first of the next
+    columns = np.arange((copies * stride - 1).max(initial=0))
+    place = columns[None, :] % stride[:, None]
+    real = (columns[None, :] < (copies * stride)[:, None]) & (place < stride[:, None] - 1)
+    take = (start[:, None] + place)[real]
 
     def matrix(values: np.ndarray, padding: int) -> np.ndarray:
         padded = np.full(real.shape, padding, np.int64)

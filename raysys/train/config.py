@@ -101,6 +101,10 @@ class TrainConfig:
                 "interest.exclude_seen is learnt by the full softmax over a whole table: expected encoder.loss softmax and "
                 f"scaling.shard_items false, got {self.encoder.loss} and {str(self.scaling.shard_items).lower()}"
             )
+        if self.interest.exclude_seen and self.encoder.repeat_short:
+            raise ValueError(
+                "encoder.repeat_short shows an event again after itself, which interest.exclude_seen calls no answer: expected one of them"
+            )
         if self.encoder.id_dropout and self.scaling.shard_items:
             raise ValueError("encoder.id_dropout needs the whole item table: expected scaling.shard_items false, or encoder.id_dropout 0")
         if self.encoder.loss == "gbce" and self.scaling.shard_items:
@@ -158,7 +162,8 @@ def with_data_defaults(settings: TrainConfig, given: frozenset[str], lengths: np
     windows = max(1.0, float(np.ceil(lengths / context).sum()))
     few = dense and lengths.sum() < SMALL_DATA
     loss = settings.encoder.loss if "encoder.loss" in given else "sampled" if num_items > LARGE_CATALOGUE else "softmax"
-    only_new = dense and repeats < RARE_REPEATS and loss == "softmax" and not settings.scaling.shard_items
+    sees_all = loss == "softmax" and not settings.scaling.shard_items and not settings.encoder.repeat_short
+    only_new = dense and repeats < RARE_REPEATS and sees_all
     wanted: dict[str, dict[str, Any]] = {
         "interest": {
             "dropout": 0.3 if few else 0.2 if dense else 0.5,

@@ -68,6 +68,9 @@ class EncoderTrainConfig:
     id_dropout: float = 0.0
     """Share of the items that in each step do without their own vectors and take the mean of those nearest by content, as items that
     nobody has chosen do in the end. Needs texts, the full softmax and a whole table."""
+    repeat_short: bool = False
+    """Repeat short histories in the room that long ones need, so that they are learnt from more often and at more places (repeated
+    padding). A copy sees the ones before it, so not with `interest.exclude_seen`."""
     loss: Literal["softmax", "sampled", "gbce"] = "softmax"
     """Cross-entropy over the whole catalogue, or over the target and shared negatives; or gSASRec's binary cross-entropy over those,
     which wants `interest.temperature` 0."""
@@ -335,6 +338,7 @@ class EncoderTraining:
             batch_size=self.config.batch_size,
             seed=self.seed,
             epoch=epoch,
+            repeat_short=self.config.repeat_short,
             rank=self.parallel.rank,
             world_size=self.parallel.world_size,
             first=self.pool,

@@ -46,10 +46,20 @@ class Streamed:
         self._left = 0  # epochs that it still has
 
     def pools(
-        self, *, max_length: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
+        self,
+        *,
+        max_length: int,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        repeat_short: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        first: int = 0,
     ) -> Iterator[Pool]:
         """See `Source`. Runs a Ray Data pipeline beside the training; its tasks take no CPU slots, the workers have them all."""
-        options = {"max_length": max_length, "batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size}
+        how = {"max_length": max_length, "batch_size": batch_size, "repeat_short": repeat_short}
+        options = {"how": how, "seed": seed, "rank": rank, "world_size": world_size}
         asked = {**options, "epoch": epoch, "first": first}
         num_pools = len(self.plan(seed, epoch))
         # The processes of a pipeline take seconds to start, so one serves several epochs where they are short.
@@ -108,15 +118,14 @@ def _cut(
     *,
     uri: str,
     part: Callable[[Sequences], Sequences],
-    max_length: int,
-    batch_size: int,
+    how: dict,
     seed: int,
     rank: int,
     world_size: int,
 ) -> dict:
     sequences = part(read_fragments(uri, [Fragment(**fragment) for fragment in row["fragments"]]))
     rng = pool_rng(seed, row["epoch"], row["pool"])
-    pool = cut_pool(sequences, max_length=max_length, batch_size=batch_size, rng=rng, rank=rank, world_size=world_size)
+    pool = cut_pool(sequences, **how, rng=rng, rank=rank, world_size=world_size)
     return vars(pool.compact())
 
 

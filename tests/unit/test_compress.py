@@ -13,6 +13,7 @@ from raysys.compress.distil import distilled
 from raysys.compress.run import compress
 from raysys.compress.steps import narrowed, pruned, ranking_fewer, shortened, without_unused, without_weak
 from raysys.compress.teachers import teacher_of
+from raysys.compress.thinned import Thinned
 from raysys.errors import ConfigError
 from raysys.models.content import projected
 from raysys.models.fusion import log_softmax
@@ -178,6 +179,22 @@ def test_a_student_of_two_teachers_is_nearer_to_their_mean_than_either(deep_bund
         models = {**bundle.models, "interest": InterestRetriever(longer, np.ones(120, bool))}
         dataclasses.replace(bundle, models=models).write(str(tmp_path / "longer"), manifest=planted.manifest())
         teacher_of(bundle, [str(tmp_path / "longer")])
+
+
+def test_thinned_histories_lose_other_events_in_every_epoch():
+    data = planted.sequences()
+
+    def pairs(epoch, share):
+        (pool,) = Thinned(data, share).pools(max_length=16, batch_size=32, seed=3, epoch=epoch)
+        batches = [batch for index in range(len(pool)) for batch in pool.batch(index, 120)]
+        return {(int(a), int(b)) for batch in batches for a, b in zip(batch.items[batch.targets >= 0], batch.targets[batch.targets >= 0])}
+
+    followed = {(int(a), int(b)) for a, b, same in zip(data.items, data.items[1:], data.rows[1:] == data.rows[:-1]) if same}
+    assert pairs(1, 0.0) == followed
+    assert not pairs(1, 0.4) <= followed, "what stood between them is gone"
+    assert pairs(1, 0.4) == pairs(1, 0.4) != pairs(2, 0.4)
+    (thin,), (whole,) = (list(Thinned(data, share).pools(max_length=16, batch_size=32, seed=3, epoch=1)) for share in (0.4, 0.0))
+    assert 0.5 < thin.num_targets.sum() / whole.num_targets.sum() < 0.7
 
 
 def test_a_step_that_costs_too_much_is_left_out(deep_bundle, prepared, tmp_path):

@@ -98,6 +98,28 @@ def test_targets_are_the_next_items_and_ranks_share_every_batch(accumulate):
         assert sorted(np.concatenate([piece.targets[piece.targets >= 0] for piece in pieces])) == sorted(batch.targets[real])
 
 
+def test_short_histories_are_repeated_in_the_room_that_long_ones_need():
+    """Of [0, 1, 2] there are two inputs: in rows of eight one to three copies fit; of [5, 6, ..., 13] one."""
+    sequences = _sequences([[0, 1, 2], [5, 6, 7, 8, 9, 10, 11, 12, 13]])
+    found = set()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        pool = cut_pool(sequences, max_length=8, batch_size=2, repeat_short=True, rng=rng)
+        (batch,) = pool.batch(0, N)
+        short = int(np.flatnonzero(batch.items[:, 0] == 0)[0])
+        copies = pool.copies[short]
+        found.add(int(copies))
+        items, targets = [0, 1, N] * copies, [1, 2, -1] * copies
+        room = [N] * (8 - 3 * copies + 1)
+        assert batch.items[short].tolist() == (items[:-1] + room)[: batch.items.shape[1]]
+        assert batch.targets[short].tolist() == (targets[:-1] + [-1] * len(room))[: batch.items.shape[1]]
+        assert batch.items[1 - short].tolist() == list(range(5, 13))
+        assert pool.num_targets.tolist() == [2 * copies + 8] and (batch.targets >= 0).sum() == 2 * copies + 8
+        (again,) = pool.compact().batch(0, N)
+        np.testing.assert_array_equal(again.items, batch.items)
+    assert found == {1, 2, 3}
+
+
 @pytest.mark.parametrize(
     "training, shape",
     [
@@ -107,8 +129,9 @@ def test_targets_are_the_next_items_and_ranks_share_every_batch(accumulate):
         (TRAINING, dataclasses.replace(SHAPE, gated=True, positions="rotary", exclude_seen=True, time_gaps=True, recency=True)),
         (dataclasses.replace(TRAINING, loss="sampled", num_negatives=64, negatives="mixed"), SHAPE),
         (dataclasses.replace(TRAINING, loss="gbce", num_negatives=8, epochs=20, lr=3e-2), SHAPE),
+        (dataclasses.replace(TRAINING, repeat_short=True), dataclasses.replace(SHAPE, max_length=12)),
     ],
-    ids=["softmax", "sampled", "average-and-cosine", "unseen-gated-rotary-gaps", "mixed-negatives", "gbce"],
+    ids=["softmax", "sampled", "average-and-cosine", "unseen-gated-rotary-gaps", "mixed-negatives", "gbce", "repeated"],
 )
 def test_learns_which_item_follows(training, shape):
     encoder, result = _train(training, shape=shape)

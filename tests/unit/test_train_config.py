@@ -45,8 +45,8 @@ def test_only_unseen_items_are_learnt_where_long_histories_hardly_repeat():
     assert not defaults(["interest.exclude_seen=false"], lengths=LONG).interest.exclude_seen
 
 
-@pytest.mark.parametrize("overrides", [["encoder.loss=sampled"], ["scaling.shard_items=true"]])
-def test_seen_items_are_learnt_too_where_the_loss_does_not_see_whole_rows(overrides):
+@pytest.mark.parametrize("overrides", [["encoder.loss=sampled"], ["scaling.shard_items=true"], ["encoder.repeat_short=true"]])
+def test_seen_items_are_learnt_too_where_the_loss_does_not_see_whole_rows_or_histories_are_repeated(overrides):
     assert not defaults(overrides, lengths=LONG).interest.exclude_seen
     with pytest.raises(ConfigError, match="exclude_seen"):
         load_train_config(None, ["interest.exclude_seen=true", *overrides])
