@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=6, help="of the student")
     parser.add_argument("--share", type=float, default=CompressConfig().distil_share, help="weight of the teacher in what it learns")
     parser.add_argument("--thinned", type=float, default=CompressConfig().distil_thinned, help="share of events left out of its histories")
+    parser.add_argument("--dropout", type=float, default=CompressConfig().distil_dropout, help="of the student; default: of the seeds")
     parser.add_argument("--lr", type=float, default=CompressConfig().distil_lr, help="peak learning rate of the student")
     arguments = parser.parse_args()
     folder = Path(arguments.out).absolute()
@@ -57,6 +58,7 @@ def main() -> int:
         distil_share=arguments.share,
         distil_thinned=arguments.thinned,
         distil_lr=arguments.lr,
+        distil_dropout=arguments.dropout,
     )
     student = distilled(first, prepared, settings, say=lambda text: print(f"  {text}", flush=True))
     assert student is not None
@@ -77,7 +79,7 @@ def main() -> int:
         rows.append(row)
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     about = {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "seeds": str(arguments.seeds)}
-    how = f"{arguments.share:g} teacher, {arguments.thinned:g} of the events left out, lr {arguments.lr:g}"
+    how = f"{arguments.share:g} teacher, {arguments.thinned:g} of the events left out, lr {arguments.lr:g}, dropout {arguments.dropout}"
     about |= {"student": f"{arguments.epochs} epochs, {how}"}
     result = {"name": f"{arguments.name}-ensemble", "kind": "ensemble", "data": arguments.name, "rows": rows, "about": about}
     storage.write_json(str(folder / f"{arguments.name}-ensemble.json"), result)

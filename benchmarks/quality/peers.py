@@ -9,17 +9,15 @@ benchmarks/scale/training.py). Leaves NAME-peers.json, which report.py shows bes
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "scale")]
+import _memory  # noqa: E402
 from _sets import SETS  # noqa: E402
 
 from raysys import storage  # noqa: E402
@@ -64,18 +62,12 @@ def measured(python: str, script: Path, source: Path, model: str, seconds: float
     """Train and rank in the peer's environment; metrics by raysys."""
     with tempfile.TemporaryDirectory() as folder:
         ranks_path = Path(folder) / "ranks.npy"
-        started = time.perf_counter()
         command = [python, str(script), str(source.absolute()), model, str(seconds), str(ranks_path)]
-        log = Path(folder) / "log"
-        with log.open("w") as output:
-            process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
-            _, status, usage = os.wait4(process.pid, 0)  # what this process took, which `subprocess` does not say
-        if status:
-            raise SystemExit(f"{script.name} {model} ended with status {os.waitstatus_to_exitcode(status)}:\n{log.read_text()[-3000:]}")
+        usage = _memory.measured(command, hertz=1.0, log=str(Path(folder) / "log"), cwd=folder)
         ranks = np.load(ranks_path)
     figures = metrics.mean_with_intervals(metrics.rank_metrics(ranks, (10,)), np.arange(len(ranks)), resamples=1000, seed=0)
     kept = {name: figures[name] for name in ("ndcg@10", "ndcg@10_interval", "recall@10", "recall@10_interval")}
-    return {**kept, "users": len(ranks), "seconds": time.perf_counter() - started, "peak_bytes": usage.ru_maxrss * 1024}
+    return {**kept, "users": len(ranks), "seconds": usage.seconds, "peak_bytes": usage.peak_bytes}
 
 
 if __name__ == "__main__":

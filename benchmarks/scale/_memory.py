@@ -32,8 +32,8 @@ class Usage:
     processes_at_peak: dict = field(default_factory=dict)
 
 
-def measured(command: list[str], *, hertz: float = 5.0, log: str) -> Usage:
-    """Run a command, its output in the file `log`; SystemExit with the log's end when it fails."""
+def measured(command: list[str], *, hertz: float = 5.0, log: str, cwd: str | None = None) -> Usage:
+    """Run a command, its output in the file `log`; SystemExit with the log's end when it fails. It ends with the caller."""
     mark, usage, ended = secrets.token_hex(8), Usage(), threading.Event()
     temporary = f"/tmp/rb-{mark[:6]}"  # short: Ray puts sockets there, whose paths are limited
     environment = os.environ | {MARK: mark, "RAY_TMPDIR": temporary, "RAY_AUTH_MODE": "disabled"}
@@ -41,12 +41,16 @@ def measured(command: list[str], *, hertz: float = 5.0, log: str) -> Usage:
     sampler = threading.Thread(target=_sample, args=(mark, temporary, shm, usage, ended, 1 / hertz))
     with open(log, "w") as output:
         started = time.monotonic()
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=cwd)
         sampler.start()
-        status = process.wait()
-        usage.seconds = time.monotonic() - started
-    ended.set()
-    sampler.join()
+        try:
+            status = process.wait()
+        finally:
+            process.terminate()  # a signal to the caller would not reach it
+            process.wait()
+            usage.seconds = time.monotonic() - started
+            ended.set()
+            sampler.join()
     subprocess.run(["rm", "-rf", temporary], check=True)
     if status:
         raise SystemExit(f"{' '.join(command)}: exit status {status}\n{Path(log).read_text()[-3000:]}")

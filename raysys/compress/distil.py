@@ -38,7 +38,9 @@ def distilled(bundle: Bundle, prepared: Prepared, settings: CompressConfig, say=
     if layers >= encoder.config.num_layers and not settings.teachers:
         return None
     torch.manual_seed(settings.seed)
-    student = InterestEncoder(encoder.num_items, encoder.num_event_types, dataclasses.replace(encoder.config, num_layers=layers))
+    shape = dataclasses.replace(encoder.config, num_layers=layers)
+    dropout = encoder.config.dropout if settings.distil_dropout is None else settings.distil_dropout
+    student = InterestEncoder(encoder.num_items, encoder.num_event_types, dataclasses.replace(shape, dropout=dropout))
     mine = student.state_dict()
     student.load_state_dict({name: tensor for name, tensor in encoder.state_dict().items() if name in mine})
     evidence = Evidence(prepared, TrainConfig(seed=settings.seed), None)
@@ -58,5 +60,6 @@ def distilled(bundle: Bundle, prepared: Prepared, settings: CompressConfig, say=
         teacher_share=settings.distil_share,
         on_epoch=lambda entry: say(f"student: epoch {entry['epoch']}, ndcg@10 {entry['validation']:.4f}, {entry['seconds']:.0f} s"),
     )
+    student.config = shape
     models = {**bundle.models, "interest": InterestRetriever(student, retriever.warm)}
     return dataclasses.replace(bundle, models=models)
