@@ -3,8 +3,9 @@
     raysys bench quality/ensemble beauty --out runs/quality --seeds 0 1 2
 
 Takes the bundles that quality/run left in --out. Teacher: the mean of the encoders' logits. Student: the first seed's encoder, trained
-on towards the teacher, on the training part; `raysys compress --set teachers=[...] --set student_layers=1` does the same. Teacher and
-student are put in the place of the first seed's encoder; fusion and ranker stay what they were. Test part. Leaves NAME-ensemble.json.
+on towards the teacher, on the training part's histories with events left out; `raysys compress --set teachers=[...] --set
+student_layers=1` does the same. Teacher and student are put in the place of the first seed's encoder; fusion and ranker stay what they
+were. Test part. Leaves NAME-ensemble.json.
 """
 
 import argparse
@@ -40,10 +41,10 @@ def main() -> int:
     parser.add_argument("name", choices=list(SETS))
     parser.add_argument("--out", required=True, help="folder of bundles and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=6, help="of the student")
+    parser.add_argument("--epochs", type=int, default=CompressConfig().distil_epochs, help="of the student")
     parser.add_argument("--share", type=float, default=CompressConfig().distil_share, help="weight of the teacher in what it learns")
     parser.add_argument("--thinned", type=float, default=CompressConfig().distil_thinned, help="share of events left out of its histories")
-    parser.add_argument("--dropout", type=float, default=CompressConfig().distil_dropout, help="of the student; default: of the seeds")
+    parser.add_argument("--dropout", type=float, default=CompressConfig().distil_dropout, help="of the student")
     parser.add_argument("--lr", type=float, default=CompressConfig().distil_lr, help="peak learning rate of the student")
     arguments = parser.parse_args()
     folder = Path(arguments.out).absolute()
@@ -79,7 +80,7 @@ def main() -> int:
         rows.append(row)
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     about = {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "seeds": str(arguments.seeds)}
-    how = f"{arguments.share:g} teacher, {arguments.thinned:g} of the events left out, lr {arguments.lr:g}, dropout {arguments.dropout}"
+    how = f"{arguments.share:g} teacher, {arguments.thinned:g} of the events left out, lr {arguments.lr:g}, dropout {arguments.dropout:g}"
     about |= {"student": f"{arguments.epochs} epochs, {how}"}
     result = {"name": f"{arguments.name}-ensemble", "kind": "ensemble", "data": arguments.name, "rows": rows, "about": about}
     storage.write_json(str(folder / f"{arguments.name}-ensemble.json"), result)

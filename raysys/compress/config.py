@@ -24,15 +24,15 @@ class CompressConfig:
     teachers: list[str] = field(default_factory=list)
     """URIs of further bundles trained on the same prepared set, with other seeds for instance: the student learns from the mean of all
     encoders. With `student_layers` 1 it costs what the bundle's own does."""
-    distil_epochs: int = 4
+    distil_epochs: int = 8
     """Passes over the training part at most."""
-    distil_lr: float = 1e-3
+    distil_lr: float = 2e-3
     """Peak learning rate of the student, which starts as the teacher's lower layers."""
-    distil_share: float = 0.7
+    distil_share: float = 1.0
     """Weight of the teacher's distribution in what the student learns; the rest is the event that came."""
-    distil_dropout: float | None = None
-    """Dropout of the student while it learns; None for what the bundle's encoder had. A teacher's distribution needs less of it."""
-    distil_thinned: float = 0.0
+    distil_dropout: float = 0.0
+    """Dropout of the student while it learns: whole distributions over ever other histories leave it nothing to learn by heart."""
+    distil_thinned: float = 0.3
     """Share of the events that are left out of the histories that the student learns on, others in every epoch: its teachers do not know
     by heart what follows there."""
     lengths: list[float] = field(default_factory=lambda: [0.25, 0.375, 0.5, 0.75])
@@ -53,8 +53,8 @@ class CompressConfig:
         for name in ("max_loss", "weak_share", "student_layers", "distil_share", "distil_thinned"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"expected {name} in [0, 1], got {getattr(self, name)}")
-        if self.distil_dropout is not None and not 0 <= self.distil_dropout < 1:
-            raise ValueError(f"expected distil_dropout in [0, 1), or null, got {self.distil_dropout}")
+        if not 0 <= self.distil_dropout < 1:
+            raise ValueError(f"expected distil_dropout in [0, 1), got {self.distil_dropout}")
         if not all(0 < share < 1 for share in self.lengths):
             raise ValueError(f"expected lengths between 0 and 1, got {self.lengths}")
         if self.max_queries < 1 or self.distil_epochs < 1 or any(n < 1 for n in (*self.neighbours, *self.widths, *self.candidates)):

@@ -39,8 +39,8 @@ def distilled(bundle: Bundle, prepared: Prepared, settings: CompressConfig, say=
         return None
     torch.manual_seed(settings.seed)
     shape = dataclasses.replace(encoder.config, num_layers=layers)
-    dropout = encoder.config.dropout if settings.distil_dropout is None else settings.distil_dropout
-    student = InterestEncoder(encoder.num_items, encoder.num_event_types, dataclasses.replace(shape, dropout=dropout))
+    learning = dataclasses.replace(shape, dropout=settings.distil_dropout)
+    student = InterestEncoder(encoder.num_items, encoder.num_event_types, learning)
     mine = student.state_dict()
     student.load_state_dict({name: tensor for name, tensor in encoder.state_dict().items() if name in mine})
     evidence = Evidence(prepared, TrainConfig(seed=settings.seed), None)
