@@ -171,7 +171,7 @@ def users(arguments: argparse.Namespace) -> list[str]:
 def running(side: str, folder: str, ready_s: float) -> Iterator[None]:
     """One side's service, alone on the machine while the block runs."""
     places = {"registry": f"{folder}/registry", **{name: f"{folder}/{side}-{name}" for name in ("events", "state")}}
-    os.environ["RAYSYS_HOME"] = f"{folder}/home"  # what one side has encoded is not to be another's
+    # What one side has encoded is not to be another's; it is a cache, and who has it open keeps it.
     for place in (places["events"], places["state"], str(storage.home() / "cache" / "histories")):
         storage.remove(place)
     if side == "uvicorn":
