@@ -36,6 +36,7 @@ from raysys.bundle import ITEMS
 from raysys.prepare.dataset import Prepared
 from raysys.registry import Registry
 from raysys.serve.launch import running_service
+from raysys.serve.models import histories_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _catalogue  # noqa: E402
@@ -172,7 +173,7 @@ def running(side: str, folder: str, ready_s: float) -> Iterator[None]:
     """One side's service, alone on the machine while the block runs."""
     places = {"registry": f"{folder}/registry", **{name: f"{folder}/{side}-{name}" for name in ("events", "state")}}
     # What one side has encoded is not to be another's; it is a cache, and who has it open keeps it.
-    for place in (places["events"], places["state"], str(storage.home() / "cache" / "histories")):
+    for place in (places["events"], places["state"], histories_folder()):
         storage.remove(place)
     if side == "uvicorn":
         with uvicorn_service(places):

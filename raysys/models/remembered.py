@@ -1,14 +1,15 @@
 """Vectors of histories that were encoded before: a user who asks again without a new event costs the encoder nothing.
 
-They stand in one table that all processes of a node map: whichever replica is asked, what another has encoded is there. Each history has
-one place, by its hash, and takes it from whoever had it. Nobody waits for anybody: a record that is read while another process writes it
-does not match its checksum and counts as not there.
+They stand in one table that all processes of a node map: whichever replica is asked, what another has encoded is there. A history has
+WAYS places to stand, by its hash, and takes one of them from whoever had it where none is free. Nobody waits for anybody: a record that
+is read while another process writes it does not match its checksum and counts as not there.
 
 Nothing in the table says whose a history is, nor what was in it.
 """
 
 import hashlib
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from raysys.queries import Queries
 
 LOG = logging.getLogger(__name__)
 KEY_BYTES, CHECK_BYTES = 16, 8
+WAYS = 4
+"""Places of a history; with one alone, two that share it would push each other out for ever."""
 
 
 class Remembered:
@@ -29,7 +32,7 @@ class Remembered:
         max_length: last events of a history that `encode` looks at.
         codes: queries -> (L,) columns of their events that `encode` looks at beside the items; None for one that it does not.
         dim: D.
-        size: places; each takes 4 D + 24 bytes.
+        size: histories at most, rounded up to whole groups of WAYS; each takes 4 D + 24 bytes.
         model: what tells apart encoders that give one history different vectors.
         path: file of the table, one for each `dim` and `size`, made if it is not there; None for one that is this process's own.
     """
@@ -46,7 +49,7 @@ class Remembered:
         path: str | None = None,
     ):
         self._encode, self._max_length, self._codes, self._model = encode, max_length, codes, model
-        self._records = _table(path, (size, KEY_BYTES + 4 * dim + CHECK_BYTES))
+        self._records = _table(path, (-(-size // WAYS), WAYS, KEY_BYTES + 4 * dim + CHECK_BYTES))
         self._lock = threading.Lock()
         self.hits = self.misses = 0
 
@@ -75,34 +78,35 @@ class Remembered:
         content = b"".join(column[window].tobytes() for column in columns)
         return hashlib.blake2b(content, digest_size=KEY_BYTES, key=self._model).digest()
 
-    def _place(self, key: bytes) -> int:
-        return int.from_bytes(key[:8], "little") % len(self._records)
+    def _group(self, key: bytes) -> np.ndarray:
+        """(WAYS, bytes of a record) uint8, a view."""
+        return self._records[int.from_bytes(key[:8], "little") % len(self._records)]
 
     def _read(self, key: bytes) -> np.ndarray | None:
-        record = self._records[self._place(key)].tobytes()
-        content = record[:-CHECK_BYTES]
-        if not record.startswith(key) or _check(content) != record[-CHECK_BYTES:]:
-            return None
-        return np.frombuffer(content, np.float32, offset=KEY_BYTES)
+        for record in map(np.ndarray.tobytes, self._group(key)):
+            if record.startswith(key) and _check(record[:-CHECK_BYTES]) == record[-CHECK_BYTES:]:
+                return np.frombuffer(record[:-CHECK_BYTES], np.float32, offset=KEY_BYTES)
+        return None
 
     def _write(self, key: bytes, vector: np.ndarray) -> None:
-        content = key + vector.astype(np.float32, copy=False).tobytes()
-        self._records[self._place(key)] = np.frombuffer(content + _check(content), np.uint8)
+        group, content = self._group(key), key + vector.astype(np.float32, copy=False).tobytes()
+        free = np.flatnonzero(~group[:, :KEY_BYTES].any(axis=1))
+        group[free[0] if len(free) else key[-1] % WAYS] = np.frombuffer(content + _check(content), np.uint8)
 
 
 def _check(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=CHECK_BYTES).digest()
 
 
-def _table(path: str | None, shape: tuple[int, int]) -> np.ndarray:
-    """(size, bytes of a record) uint8: the file's content mapped, or memory of this process where there can be no file."""
+def _table(path: str | None, shape: tuple[int, int, int]) -> np.ndarray:
+    """(groups, WAYS, bytes of a record) uint8: the file's content mapped, or memory of this process where there can be no file."""
     if path is not None:
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 # All of it now: a page that the disk has no room for later would end the process.
-                os.posix_fallocate(file, 0, shape[0] * shape[1])
+                os.posix_fallocate(file, 0, math.prod(shape))
             finally:
                 os.close(file)
             return np.memmap(path, np.uint8, "r+", shape=shape)

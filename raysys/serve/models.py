@@ -4,11 +4,13 @@ Runs in whichever process computes: a replica of its own (`deployments.py`) or t
 """
 
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,8 +88,7 @@ class Models:
             if pipeline is None:
                 pipeline = Pipeline(Bundle.open(self.registry.bundle_uri(version), only=self._only)).to(self._device).frozen()
                 if "interest" in pipeline.bundle.models:
-                    shared = str(storage.home() / "cache" / "histories")
-                    pipeline.bundle.models["interest"].remember(self._compute.cached_histories, shared)
+                    pipeline.bundle.models["interest"].remember(self._compute.cached_histories, histories_folder())
                 if pipeline.sources:
                     pipeline.pooled(self._compute.pools)
                 self._loaded[version] = pipeline
@@ -144,6 +145,12 @@ class Models:
 
         take_current()
         threading.Thread(target=poll, daemon=True, name="follow-registry").start()
+
+
+def histories_folder() -> str:
+    """Where the replicas of a node share what they have encoded: in memory, or in the cache where no file system is there for that."""
+    memory = Path("/dev/shm")
+    return str(memory / f"raysys-histories-{os.getuid()}" if memory.is_dir() else storage.home() / "cache" / "histories")
 
 
 def device_of(wanted: str) -> str:

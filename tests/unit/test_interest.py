@@ -84,13 +84,14 @@ def test_a_remembered_history_is_not_encoded_again(num_event_types):
     assert memory.misses == 7 + (num_event_types > 1), "the kind of event counts where the encoder looks at it"
 
 
-def test_a_history_takes_the_place_of_another_where_there_is_one_place():
+def test_what_is_remembered_has_a_bound_and_stays_right_beyond_it():
     plain, retriever = _retriever(), _retriever()
-    retriever.remember(1)
+    retriever.remember(4)
+    histories = [[row, row + 1] for row in range(10)]
     for _ in range(2):
-        queries = Queries.from_lists(_histories()[2:4])
+        queries = Queries.from_lists(histories)
         np.testing.assert_allclose(retriever.user_vectors(queries), plain.user_vectors(queries), atol=1e-5)
-    assert len(retriever._remembered._records) == 1 and retriever._remembered.hits == 1  # the second of two is still there
+    assert retriever._remembered._records.shape[:2] == (1, 4) and 0 < retriever._remembered.hits <= 4
 
 
 def test_processes_of_a_node_share_what_they_encoded(tmp_path):
@@ -105,9 +106,8 @@ def test_processes_of_a_node_share_what_they_encoded(tmp_path):
     assert np.abs(other.user_vectors(queries) - vectors).max() > 1e-2 and other._remembered.hits == 0
     (file,) = tmp_path.iterdir()
     assert file.stat().st_size == 1000 * (16 + 4 * 16 + 8) and file.stat().st_mode & 0o777 == 0o600
-    first.user_vectors(queries)  # where the other encoder's had taken the place
     records = first._remembered._records
-    records[records.any(axis=1), 20] ^= 1  # as when half of a record is another's
+    records[records.any(axis=-1), 20] ^= 1  # as when half of a record is another's
     again = _retriever()
     again.remember(1000, str(tmp_path))
     np.testing.assert_array_equal(again.user_vectors(queries), vectors)
