@@ -209,8 +209,8 @@ def _stop(process: subprocess.Popen, port: int, marker: bytes) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 30  # Serve's own proxy takes its time to let go of the port
-    while port_holder(port) is not None and time.monotonic() < deadline:
+    deadline = time.monotonic() + 30  # Serve's own proxy takes its time to let go of the port, and the kernel when that has been killed
+    while not is_free(port) and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
@@ -231,13 +231,19 @@ def require_free(port: int) -> None:
     Raises:
         ConfigError: naming the process that does.
     """
+    if not is_free(port):
+        holder = port_holder(port) or "another process"
+        raise ConfigError(f"port {port}: expected it to be free, {holder} holds it; stop that process or choose another port")
+
+
+def is_free(port: int) -> bool:
+    """Whether a service could listen on a port of this machine now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        with contextlib.suppress(OSError):
             probe.bind(("0.0.0.0", port))
-        except OSError:
-            holder = port_holder(port) or "another process"
-            raise ConfigError(f"port {port}: expected it to be free, {holder} holds it; stop that process or choose another port") from None
+            return True
+    return False
 
 
 def port_holder(port: int) -> str | None:
