@@ -101,8 +101,11 @@ def _check(content: bytes) -> bytes:
 def _table(path: str | None, shape: tuple[int, int, int]) -> np.ndarray:
     """(groups, WAYS, bytes of a record) uint8: the file's content mapped, or memory of this process where there can be no file."""
     if path is not None:
+        folder = os.path.dirname(path)
         try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            if os.stat(folder).st_uid != os.getuid():
+                raise OSError("expected a folder of this user, it is another's")
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 # All of it now: a page that the disk has no room for later would end the process.
@@ -110,6 +113,6 @@ def _table(path: str | None, shape: tuple[int, int, int]) -> np.ndarray:
             finally:
                 os.close(file)
             return np.memmap(path, np.uint8, "r+", shape=shape)
-        except OSError as error:
+        except (OSError, AttributeError) as error:  # not every system can set room aside
             LOG.warning("each replica remembers histories by itself: %s: %s", path, error)
     return np.zeros(shape, np.uint8)

@@ -114,10 +114,13 @@ def test_processes_of_a_node_share_what_they_encoded(tmp_path):
     assert again._remembered.hits == 0
 
 
-def test_histories_are_remembered_without_a_file_where_there_can_be_none(tmp_path, caplog):
+@pytest.mark.parametrize("why", ["no folder", "another user's"])
+def test_histories_are_remembered_without_a_file_where_there_can_be_none(tmp_path, caplog, monkeypatch, why):
     (tmp_path / "taken").write_text("")
+    if why == "another user's":
+        monkeypatch.setattr("os.getuid", lambda: 12345)
     retriever = _retriever()
-    retriever.remember(10_000, str(tmp_path / "taken"))
+    retriever.remember(10_000, str(tmp_path / ("taken" if why == "no folder" else "folder")))
     queries = Queries.from_lists(_histories())
     np.testing.assert_array_equal(retriever.user_vectors(queries), retriever.user_vectors(queries))
     assert retriever._remembered.hits == 6 and "by itself" in caplog.text
