@@ -69,20 +69,24 @@ def write_report(folder: str, out: str, *, hardware: str, date: str) -> str:
 
 def section(result: dict, peers: dict | None = None) -> str:
     """Bars, ours by stage, peers trained on the same machine, published."""
-    runs, about = result["runs"], result["about"]
+    runs, about, comparable = result["runs"], result["about"], result["fit"] == "train"
     seconds = [run["seconds"] for run in runs]
     peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"]]
     lines = [
         "",
         f"## {SETS[result['data']].title}: {result['name']}",
         "",
-        f"{len(runs)} seeds, settings: {result['config']}, fit: {result['fit']}; commit {about['commit']}, {about['date']}. Training "
-        f"{np.mean(seconds) / 60:.1f} minutes a seed" + (f", peak memory {max(peaks) / 1e9:.1f} GB." if peaks else "."),
+        f"{len(runs)} seed{'s' if len(runs) > 1 else ''}, settings: {result['config']}, fit: {result['fit']}; "
+        f"commit {about['commit']}, {about['date']}. Training {np.mean(seconds) / 60:.1f} minutes a seed"
+        + (f", peak memory {max(peaks) / 1e9:.1f} GB." if peaks else "."),
         "",
-        "| bar | wanted | measured | met |",
-        "|---|---|---|---|",
     ]
-    lines += bar_rows(result)
+    if comparable:
+        lines += ["| bar | wanted | measured | met |", "|---|---|---|---|", *bar_rows(result)]
+    else:
+        lines += [
+            "Another protocol: it has learnt from the validation events too, so bars, peers and published figures do not stand beside it."
+        ]
     lines += ["", "| who | recall@10 | ndcg@10 | 95% interval of ndcg@10 | recall@200 | weight |", "|---|---|---|---|---|---|"]
     metrics = [run["metrics"] for run in runs]
     rows = [(f"raysys, {stage}", [run[stage] for run in metrics]) for stage in STAGES]
@@ -91,14 +95,13 @@ def section(result: dict, peers: dict | None = None) -> str:
     rows += [(f"without: {name}", [run["left_out"][name] for run in metrics]) for name in common(run["left_out"] for run in metrics)]
     rows += [("any", [run["union"] for run in metrics])]
     lines += [f"| {title} | {' | '.join(cells(figures))} |" for title, figures in rows]
-    for row in peers["rows"] if peers else ():
+    for row in peers["rows"] if peers and comparable else ():
         low, high = row["ndcg@10_interval"]
         memory = f", {row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else ""
         title = f"trained here, {row['seconds'] / 60:.1f} minutes{memory}: {row['series']}"
         lines.append(f"| {title} | {row['recall@10']:.4f} | {row['ndcg@10']:.4f} | {low:.4f} to {high:.4f} | | |")
-    lines += [
-        f"| published: {who} | {shown(recall)} | {shown(ndcg)} | | | |" for who, (recall, ndcg) in SETS[result["data"]].published.items()
-    ]
+    published = SETS[result["data"]].published if comparable else {}
+    lines += [f"| published: {who} | {shown(recall)} | {shown(ndcg)} | | | |" for who, (recall, ndcg) in published.items()]
     return "\n".join(lines)
 
 

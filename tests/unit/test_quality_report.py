@@ -51,6 +51,25 @@ def test_means_over_seeds_beside_published_figures(tmp_path):
     assert "| published: ICSRec | 0.0959 | 0.0578 | | | |" in text
 
 
+def test_a_refit_stands_beside_nothing_of_another_protocol(tmp_path):
+    bars = [{"what": "ndcg@10", "bar": 0.0645, "measured": 0.07, "met": True}]
+    about = {"commit": "abc", "date": "2026-01-02T00:00:00"}
+    runs = [run(0, 0.06, ["interest"])]
+    result = {
+        "name": "beauty-refit",
+        "data": "beauty",
+        "config": "defaults",
+        "fit": "train+valid",
+        "runs": runs,
+        "bars": bars,
+        "about": about,
+    }
+    (tmp_path / "beauty-refit.json").write_text(json.dumps(result))
+    text = Path(REPORT["write_report"](str(tmp_path), str(tmp_path / "out"), hardware="toy", date="2026-01-02")).read_text()
+    assert "1 seed, settings: defaults, fit: train+valid" in text and "Another protocol" in text and "| raysys, final | 0.1000" in text
+    assert "published: " not in text and "| ndcg@10 |" not in text.replace("| recall@10 | ndcg@10 |", "")
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(SchemaError, match="found none; run `raysys bench quality/run` first"):
         REPORT["write_report"](str(tmp_path), str(tmp_path), hardware="toy", date="2026-01-02")
