@@ -6,6 +6,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+os.environ["RAYSYS_TEST_RUN"] = secrets.token_hex(8)  # all processes that the tests start have it: nobody else's is to be killed
 
 
 @pytest.fixture(scope="session", autouse=True)

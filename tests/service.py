@@ -30,14 +30,16 @@ def ids(base_url: str, **body) -> list[str]:
 
 
 def replica_pids(name: str) -> list[int]:
-    found = []
+    """Processes of a deployment's replicas in this test run; a service that the machine has besides is left alone."""
+    found, mine = [], f"RAYSYS_TEST_RUN={os.environ['RAYSYS_TEST_RUN']}".encode()
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
                 line = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                environment = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if "ServeReplica" in line and f":{name}" in line:
+            if "ServeReplica" in line and f":{name}" in line and mine in environment:
                 found.append(int(entry))
     return found
 
