@@ -6,10 +6,9 @@ than that event. On histories that never were, they say what they think.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from raysys.prepare.dataset import Sequences
-from raysys.train.batches import InMemory, Pool, pool_rng
+from raysys.train.batches import Cut, InMemory, Pool, pool_rng
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,10 @@ class Thinned:
     sequences: Sequences
     share: float
 
-    def pools(self, *, seed: int, epoch: int, **options: Any) -> Iterator[Pool]:
+    def pools(self, cut: Cut, *, epoch: int, first: int = 0) -> Iterator[Pool]:
         """See `Source`."""
-        kept = pool_rng(seed, epoch, 1).random(len(self.sequences.items)) >= self.share
-        return InMemory(self.sequences.where(kept)).pools(seed=seed, epoch=epoch, **options)
+        kept = pool_rng(cut.seed, epoch, 1).random(len(self.sequences.items)) >= self.share
+        return InMemory(self.sequences.where(kept)).pools(cut, epoch=epoch, first=first)
 
     def num_windows(self, max_length: int) -> int:
         """See `Source`; of the whole histories, so a little too many."""

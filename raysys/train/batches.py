@@ -13,7 +13,7 @@ Legend: B sequences, T positions, W windows, G global batches.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -87,31 +87,36 @@ class Pool:
         return Pool(self.items[take], self.events[take], self.gaps[take], start, stop, self.copies, self.first, self.num_targets)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How histories are cut into global batches, and whose share of them is wanted.
+
+    Attributes:
+        max_length: inputs a row.
+        batch_size: windows a global batch.
+        seed: of order and cuts.
+        repeat_short: give each window as many copies as a draw says, evenly from 1 to what `max_length` has room for.
+        rank: this worker.
+        world_size: number of workers; together they get what one would.
+    """
+
+    max_length: int
+    batch_size: int
+    seed: int = 0
+    repeat_short: bool = False
+    rank: int = 0
+    world_size: int = 1
+
+
 class Source(Protocol):
     """Where training histories come from."""
 
-    def pools(
-        self,
-        *,
-        max_length: int,
-        batch_size: int,
-        seed: int,
-        epoch: int,
-        repeat_short: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        first: int = 0,
-    ) -> Iterator[Pool]:
+    def pools(self, cut: Cut, *, epoch: int, first: int = 0) -> Iterator[Pool]:
         """One epoch's pools from number `first` on; the same arguments give the same batches.
 
         Args:
-            max_length: inputs a window.
-            batch_size: windows a global batch.
-            seed: of order and cuts.
+            cut: how, and for whom.
             epoch: another one is another order.
-            repeat_short: whether windows that leave room are repeated in it; see `cut_pool`.
-            rank: this worker.
-            world_size: number of workers; together they get what one would.
             first: pools to leave out at the start, where training goes on in the middle of an epoch.
         """
         ...
@@ -131,22 +136,10 @@ class InMemory:
 
     sequences: Sequences
 
-    def pools(
-        self,
-        *,
-        max_length: int,
-        batch_size: int,
-        seed: int,
-        epoch: int,
-        repeat_short: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        first: int = 0,
-    ) -> Iterator[Pool]:
+    def pools(self, cut: Cut, *, epoch: int, first: int = 0) -> Iterator[Pool]:
         """See `Source`."""
         if first == 0:
-            how: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "repeat_short": repeat_short}
-            yield cut_pool(self.sequences, **how, rng=pool_rng(seed, epoch, 0), rank=rank, world_size=world_size)
+            yield cut_pool(self.sequences, cut, pool_rng(cut.seed, epoch, 0))
 
     def num_windows(self, max_length: int) -> int:
         """See `Source`."""
@@ -184,31 +177,20 @@ def windows(sequences: Sequences, max_length: int, rng: np.random.Generator) -> 
     return start, stop
 
 
-def cut_pool(
-    sequences: Sequences,
-    *,
-    max_length: int,
-    batch_size: int,
-    rng: np.random.Generator,
-    repeat_short: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Pool:
+def cut_pool(sequences: Sequences, cut: Cut, rng: np.random.Generator) -> Pool:
     """All windows of some histories in random order, dealt out over the ranks batch by batch.
 
     Every rank draws the same windows in the same order (same `rng` state).
 
     Args:
         sequences: the histories.
-        max_length: inputs a row.
-        batch_size: windows a global batch.
-        rng: of cuts, copies and order.
-        repeat_short: give each window as many copies as a draw says, evenly from 1 to what `max_length` has room for.
-        rank: this worker. world_size: number of workers.
+        cut: how, and for whom.
+        rng: of cuts, copies and order; see `pool_rng`.
     """
-    start, stop = windows(sequences, max_length, rng)
+    batch_size = cut.batch_size
+    start, stop = windows(sequences, cut.max_length, rng)
     inputs = stop - start - 1
-    copies = rng.integers(1, (max_length + 1) // (inputs + 1), endpoint=True) if repeat_short else np.ones_like(start)
+    copies = rng.integers(1, (cut.max_length + 1) // (inputs + 1), endpoint=True) if cut.repeat_short else np.ones_like(start)
     room = copies * (inputs + 1)
     order = rng.permutation(len(start))
     groups = []
@@ -218,7 +200,7 @@ def cut_pool(
         groups += [bucket[at : at + batch_size] for at in range(0, len(bucket), batch_size)]
     groups = [groups[index] for index in rng.permutation(len(groups))]
     num_targets = np.array([(copies * inputs)[group].sum() for group in groups], np.int64)
-    shares = [group[rank::world_size] for group in groups]
+    shares = [group[cut.rank :: cut.world_size] for group in groups]
     mine = np.concatenate([*shares, np.zeros(0, np.int64)]).astype(np.int64)
     first_of = np.concatenate([[0], np.cumsum([len(share) for share in shares])]).astype(np.int64)
     gaps = gap_codes(sequences.times, sequences.indptr)

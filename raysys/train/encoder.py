@@ -20,7 +20,7 @@ from torch.func import functional_call
 from raysys.models.interest import InterestEncoder
 from raysys.models.mean_encoder import MeanEncoder
 from raysys.train.average import Average
-from raysys.train.batches import Batch, Pool, Source
+from raysys.train.batches import Batch, Cut, Pool, Source
 from raysys.train.id_dropout import StandIns
 from raysys.train.loss import distilled_softmax_loss, fast_dtype, full_softmax_loss, gbce_loss, sampled_softmax_loss
 from raysys.train.negatives import Negatives, Sampling
@@ -333,17 +333,15 @@ class EncoderTraining:
         self._drop(min(1.0, epoch / (self.config.dropout_epochs + 1)))
         started = time.time()
         on_device = torch.zeros((), dtype=torch.float64, device=self.device)
-        pools = self.source.pools(
+        cut = Cut(
             max_length=self.encoder.config.max_length,
             batch_size=self.config.batch_size,
             seed=self.seed,
-            epoch=epoch,
             repeat_short=self.config.repeat_short,
             rank=self.parallel.rank,
             world_size=self.parallel.world_size,
-            first=self.pool,
         )
-        for pool in pools:
+        for pool in self.source.pools(cut, epoch=epoch, first=self.pool):
             for index in range(self.batch, len(pool)):
                 for group, peak in self.peaks:
                     group["lr"] = peak * schedule(self.step, self.config.warmup_steps, total_steps)

@@ -18,7 +18,7 @@ import ray.data
 
 from raysys.errors import RaysysError
 from raysys.prepare.dataset import Sequences
-from raysys.train.batches import InMemory, Pool, Source, cut_pool, pool_rng
+from raysys.train.batches import Cut, InMemory, Pool, Source, cut_pool, pool_rng
 from raysys.train.config import TrainConfig
 from raysys.train.evidence import Evidence
 from raysys.train.parts import Parts
@@ -42,34 +42,20 @@ class Streamed:
 
     def __init__(self, uri: str, survey: Survey, settings: TrainConfig, stage: str):
         self.uri, self.survey, self.settings, self.stage = uri, survey, settings, stage
-        self._ahead: tuple[dict, Generator[dict]] | None = None  # a pipeline that goes on with the next epoch
+        self._ahead: tuple[tuple[Cut, int, int], Generator[dict]] | None = None  # a pipeline that goes on with the next epoch
         self._left = 0  # epochs that it still has
 
-    def pools(
-        self,
-        *,
-        max_length: int,
-        batch_size: int,
-        seed: int,
-        epoch: int,
-        repeat_short: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        first: int = 0,
-    ) -> Iterator[Pool]:
+    def pools(self, cut: Cut, *, epoch: int, first: int = 0) -> Iterator[Pool]:
         """See `Source`. Runs a Ray Data pipeline beside the training; its tasks take no CPU slots, the workers have them all."""
-        how = {"max_length": max_length, "batch_size": batch_size, "repeat_short": repeat_short}
-        options = {"how": how, "seed": seed, "rank": rank, "world_size": world_size}
-        asked = {**options, "epoch": epoch, "first": first}
-        num_pools = len(self.plan(seed, epoch))
+        num_pools = len(self.plan(cut.seed, epoch))
         # The processes of a pipeline take seconds to start, so one serves several epochs where they are short.
-        if self._ahead is not None and self._ahead[0] == asked:
+        if self._ahead is not None and self._ahead[0] == (cut, epoch, first):
             rows = self._ahead[1]
         else:
             self._left = max(1, PIPELINE_POOLS // num_pools)
-            plans = {later: self.plan(seed, later) for later in range(epoch, epoch + self._left)}
+            plans = {later: self.plan(cut.seed, later) for later in range(epoch, epoch + self._left)}
             todo = [(later, pool) for later, plan in plans.items() for pool in range(first if later == epoch else 0, len(plan))]
-            rows = self._pipeline(todo, plans, options)
+            rows = self._pipeline(todo, plans, cut)
         self._ahead = None
         for _ in range(first, num_pools):
             row = next(rows, None)
@@ -79,7 +65,7 @@ class Streamed:
                 )
             yield Pool(**row)
         self._left -= 1
-        self._ahead = ({**asked, "epoch": epoch + 1, "first": 0}, rows) if self._left else None
+        self._ahead = ((cut, epoch + 1, 0), rows) if self._left else None
 
     def close(self) -> None:
         """See `Source`."""
@@ -87,13 +73,13 @@ class Streamed:
             self._ahead[1].close()
             self._ahead = None
 
-    def _pipeline(self, todo: list[tuple[int, int]], plans: dict[int, list[list[Fragment]]], options: dict) -> Generator[dict]:
+    def _pipeline(self, todo: list[tuple[int, int]], plans: dict[int, list[list[Fragment]]], cut: Cut) -> Generator[dict]:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
         rows = [{"epoch": epoch, "pool": pool, "fragments": [vars(one) for one in plans[epoch][pool]]} for epoch, pool in todo]
-        cut = partial(_cut, uri=self.uri, part=self.part(), **options)
-        yield from ray.data.from_items(rows, override_num_blocks=len(rows)).map(cut, num_cpus=0, concurrency=TASKS).iter_rows()
+        cutting = partial(_cut, uri=self.uri, part=self.part(), cut=cut)
+        yield from ray.data.from_items(rows, override_num_blocks=len(rows)).map(cutting, num_cpus=0, concurrency=TASKS).iter_rows()
 
     def plan(self, seed: int, epoch: int) -> list[list[Fragment]]:
         """The fragments of each pool of an epoch."""
@@ -113,19 +99,9 @@ def _part(sequences: Sequences, *, stage: str, settings: TrainConfig, held: int)
     return Parts(sequences, settings, held=held, has_validation=True).of(stage)
 
 
-def _cut(
-    row: dict,
-    *,
-    uri: str,
-    part: Callable[[Sequences], Sequences],
-    how: dict,
-    seed: int,
-    rank: int,
-    world_size: int,
-) -> dict:
+def _cut(row: dict, *, uri: str, part: Callable[[Sequences], Sequences], cut: Cut) -> dict:
     sequences = part(read_fragments(uri, [Fragment(**fragment) for fragment in row["fragments"]]))
-    rng = pool_rng(seed, row["epoch"], row["pool"])
-    pool = cut_pool(sequences, **how, rng=rng, rank=rank, world_size=world_size)
+    pool = cut_pool(sequences, cut, pool_rng(cut.seed, row["epoch"], row["pool"]))
     return vars(pool.compact())
 
 

@@ -12,6 +12,7 @@ from raysys import storage
 from raysys.bundle import Bundle, Histories
 from raysys.models.covisit import Covisitation
 from raysys.models.popularity import Popularity
+from raysys.train.batches import Cut
 from raysys.train.config import ScalingConfig, TrainConfig
 from raysys.train.metrics_log import LoggingConfig
 from raysys.train.parts import Parts
@@ -40,10 +41,10 @@ def survey(prepared):
 
 def test_epochs_hold_every_position_once_in_pools_of_other_fragments(prepared, survey, ray_cluster):
     source = Streamed(prepared.uri, survey, SETTINGS, "refit")
-    options = {"max_length": 16, "batch_size": 32, "seed": 3}
+    cut = Cut(max_length=16, batch_size=32, seed=3)
     plans = [source.plan(3, epoch) for epoch in (1, 2)]
     assert plans[0] != plans[1] and [len(pool) for pool in plans[0]] == [1] * 9, "250 events a fragment, 300 a pool"
-    pools = list(source.pools(**options, epoch=1))
+    pools = list(source.pools(cut, epoch=1))
     source.close()
     train = Parts(prepared.sequences(), SETTINGS).train
     found = [pair for pool in pools for index in range(len(pool)) for pair in _pairs(pool.batch(index, NUM_ITEMS)[0])]
@@ -52,7 +53,7 @@ def test_epochs_hold_every_position_once_in_pools_of_other_fragments(prepared, s
     # Another number of workers, from the middle of the epoch: the same global batches.
     shares = []
     for rank in range(2):
-        shares.append(list(source.pools(**options, epoch=1, rank=rank, world_size=2, first=7)))
+        shares.append(list(source.pools(dataclasses.replace(cut, rank=rank, world_size=2), epoch=1, first=7)))
         source.close()
     for pool, first, second in zip(pools[7:], *shares, strict=True):
         assert first.num_targets.tolist() == second.num_targets.tolist() == pool.num_targets.tolist()

@@ -21,7 +21,7 @@ from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetr
 from raysys.pipeline import Pipeline
 from raysys.prepare.dataset import Prepared
 from raysys.queries import Queries
-from raysys.train.batches import InMemory
+from raysys.train.batches import Cut, InMemory
 from raysys.train.encoder import EncoderTrainConfig, train_encoder
 from tests import planted
 from tests.prepared import leave_one_out, write_prepared
@@ -185,7 +185,7 @@ def test_thinned_histories_lose_other_events_in_every_epoch():
     data = planted.sequences()
 
     def pairs(epoch, share):
-        (pool,) = Thinned(data, share).pools(max_length=16, batch_size=32, seed=3, epoch=epoch)
+        (pool,) = Thinned(data, share).pools(Cut(max_length=16, batch_size=32, seed=3), epoch=epoch)
         batches = [batch for index in range(len(pool)) for batch in pool.batch(index, 120)]
         return {(int(a), int(b)) for batch in batches for a, b in zip(batch.items[batch.targets >= 0], batch.targets[batch.targets >= 0])}
 
@@ -193,7 +193,7 @@ def test_thinned_histories_lose_other_events_in_every_epoch():
     assert pairs(1, 0.0) == followed
     assert not pairs(1, 0.4) <= followed, "what stood between them is gone"
     assert pairs(1, 0.4) == pairs(1, 0.4) != pairs(2, 0.4)
-    (thin,), (whole,) = (list(Thinned(data, share).pools(max_length=16, batch_size=32, seed=3, epoch=1)) for share in (0.4, 0.0))
+    (thin,), (whole,) = (list(Thinned(data, share).pools(Cut(max_length=16, batch_size=32, seed=3), epoch=1)) for share in (0.4, 0.0))
     assert 0.5 < thin.num_targets.sum() / whole.num_targets.sum() < 0.7
 
 

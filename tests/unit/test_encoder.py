@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetriever
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
-from raysys.train.batches import InMemory, cut_pool, num_windows, windows
+from raysys.train.batches import Cut, InMemory, cut_pool, num_windows, windows
 from raysys.train.encoder import EncoderTrainConfig, EncoderTraining, TrainState, seen_before, train_encoder
 
 N = 20
@@ -82,7 +82,7 @@ def test_what_a_position_has_seen_by_hand():
 def test_targets_are_the_next_items_and_ranks_share_every_batch(accumulate):
     def epoch(rank, world_size):
         rng = np.random.default_rng(3)
-        return cut_pool(_ring(), max_length=6, batch_size=32, rng=rng, rank=rank, world_size=world_size)
+        return cut_pool(_ring(), Cut(max_length=6, batch_size=32, rank=rank, world_size=world_size), rng)
 
     whole, shares = epoch(0, 1), [epoch(rank, 3).compact() for rank in range(3)]
     assert whole.num_targets.sum() == (np.diff(_ring().indptr) - 1).sum()
@@ -104,7 +104,7 @@ def test_short_histories_are_repeated_in_the_room_that_long_ones_need():
     found = set()
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        pool = cut_pool(sequences, max_length=8, batch_size=2, repeat_short=True, rng=rng)
+        pool = cut_pool(sequences, Cut(max_length=8, batch_size=2, repeat_short=True), rng)
         (batch,) = pool.batch(0, N)
         short = int(np.flatnonzero(batch.items[:, 0] == 0)[0])
         copies = pool.copies[short]
