@@ -49,6 +49,7 @@ MODEL_CLASSES = {
     "interest": "raysys.models.interest:InterestRetriever",
     "covisit": "raysys.models.covisit:Covisitation",
     "recent": "raysys.models.covisit:Covisitation",
+    "kinds": "raysys.models.kinds:Kinds",
     "linear": "raysys.models.linear:Linear",
     "popularity": "raysys.models.popularity:Popularity",
     "content": "raysys.models.content:ContentNeighbours",

@@ -223,7 +223,7 @@ class Pipeline:
         if len(query.items) == 0:
             return [Reason("popularity")] * len(items)
         models = self.bundle.models
-        named = [name for name in ("covisit", "recent", "linear") if name in models]
+        named = [name for name in ("covisit", "recent", "kinds", "linear") if name in models]
         because: dict[str, np.ndarray] = {name: models[name].contributions(query, items) for name in named}
         if self.content is not None:
             similar = self.content.item_vectors[query.items] @ self.content.item_vectors[items].T

@@ -15,6 +15,7 @@ from scipy import sparse
 
 from raysys.errors import SchemaError
 from raysys.models.base import Arrays, Meta
+from raysys.models.counting import fade, weights_of
 from raysys.models.neighbours import FadedEvents, faded_events, history_of, strongest, summed_rows
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
@@ -161,15 +162,15 @@ class Covisitation:
         if num_items < self.num_items:
             raise SchemaError(f"covisit: expected at least the {self.num_items} items fitted, got {num_items}; fit again instead")
         watermark = max(self._watermark, int(sequences.times[new].max())) if new.any() else self._watermark
-        fade = np.float32(_fade(watermark - self._watermark, self.config.half_life_days) if self._decay else 1.0)
+        kept = np.float32(fade(watermark - self._watermark, self.config.half_life_days) if self._decay else 1.0)
         counts, occurrences = _count(sequences, new, num_items, self.config, self.event_weights, watermark if self._decay else None)
         old = self._counts
         if num_items > self.num_items:
             old = old.copy()
             old.resize((num_items, num_items))
-        occurrences[: self.num_items] += fade * self._occurrences
+        occurrences[: self.num_items] += kept * self._occurrences
         return Covisitation(
-            _largest((old if fade == 1 else old * fade) + counts, self.config.counted_neighbours),
+            _largest((old if kept == 1 else old * kept) + counts, self.config.counted_neighbours),
             occurrences,
             self.config,
             event_weights=self.event_weights,
@@ -231,7 +232,7 @@ class Covisitation:
         return history_of(self._events(queries), self.num_items)
 
     def _events(self, queries: Queries) -> FadedEvents:
-        weights = _weights_of(queries.events, self.event_weights)
+        weights = weights_of(queries.events, self.event_weights)
         return faded_events(queries, weights, decay=self.config.session_decay, longest=self.config.max_history)
 
     @cached_property
@@ -260,10 +261,10 @@ def _count(
     Returns:
         (N, N) CSR float32 and (N,) float32.
     """
-    weights = _weights_of(sequences.events, event_weights)
+    weights = weights_of(sequences.events, event_weights)
     keep = weights > 0
     rows, items, weights, new, times = (array[keep] for array in (sequences.rows, sequences.items, weights, new, sequences.times))
-    fades = np.ones(len(items), np.float32) if watermark is None else _fade(watermark - times, config.half_life_days).astype(np.float32)
+    fades = np.ones(len(items), np.float32) if watermark is None else fade(watermark - times, config.half_life_days).astype(np.float32)
     counts = sparse.csr_array((num_items, num_items), dtype=np.float32)
     pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     held = 0
@@ -287,18 +288,6 @@ def _summed(pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]], num_items: i
         return sparse.csr_array((num_items, num_items), dtype=np.float32)
     first, second, weights = (np.concatenate(part) for part in zip(*pairs))
     return sparse.coo_array((weights, (first, second)), shape=(num_items, num_items)).tocsr()
-
-
-def _weights_of(events: np.ndarray, event_weights: np.ndarray) -> np.ndarray:
-    """(E,) float32 weight of each event code; 1 for codes without one."""
-    table = np.ones(128, np.float32)
-    table[: len(event_weights)] = event_weights
-    return table[events]
-
-
-def _fade(age_s: np.ndarray | int, half_life_days: float | None) -> np.ndarray:
-    """0.5 ** (age / half life)."""
-    return np.exp2(-np.asarray(age_s, np.float64) / (86_400 * (half_life_days or np.inf)))
 
 
 def _largest(matrix: sparse.csr_array, k: int) -> sparse.csr_array:

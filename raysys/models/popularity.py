@@ -10,11 +10,10 @@ from functools import cached_property
 import numpy as np
 
 from raysys.models.base import Arrays, Meta
+from raysys.models.counting import fade
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
 from raysys.schema import UNKNOWN_ITEM
-
-SECONDS_A_DAY = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -122,4 +121,4 @@ class Popularity:
     def _fade(self, age_s: np.ndarray) -> np.ndarray:
         if not self.decay:
             return np.ones_like(age_s, dtype=np.float64)
-        return 0.5 ** (age_s / (SECONDS_A_DAY * self.config.half_life_days))  # type: ignore[operator]
+        return fade(age_s, self.config.half_life_days)

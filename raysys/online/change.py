@@ -19,13 +19,15 @@ import numpy as np
 from raysys.bundle import Bundle
 from raysys.models.base import Retriever
 from raysys.models.covisit import Covisitation
+from raysys.models.kinds import Kinds
 from raysys.models.popularity import Popularity
+from raysys.online.kinds import KINDS
 from raysys.online.recent import RECENT
 from raysys.pipeline import seen_mask
 from raysys.prepare.dataset import Sequences
 
-COUNTING = ("covisit", "popularity")
-"""Sources that may start anew; `recent` does where the first does."""
+COUNTING = ("covisit", "popularity", KINDS)
+"""Sources that may prove a change by what they say without their past."""
 AT_ONCE = 250
 """Events scored together, about."""
 PARTS = 5
@@ -118,13 +120,13 @@ def log_ranks(model: Retriever, sequences: Sequences, positions: np.ndarray) -> 
 
 
 def started_anew(bundle: Bundle, names: tuple[str, ...]) -> Bundle:
-    """The bundle with the counts of these sources gone, of `recent` too, and without a ranker.
+    """The bundle with the counts of these sources gone, of those that only the learner keeps too, and without a ranker.
 
     A ranker has learnt how the old sources' scores go with what was liked, and does not learn here: its order and its probabilities
     would be wrong, and no probability is better than a wrong one. The next training brings one.
     """
     models = {name: model for name, model in bundle.models.items() if name != "ranker"}
-    for name in {*names, RECENT} & models.keys():
+    for name in {*names, RECENT, KINDS} & models.keys():
         models[name] = models[name].emptied()
     return dataclasses.replace(bundle, models=models, fusion={**bundle.fusion, "ranker_weight": 0.0, "ranker_sources": []})
 
@@ -160,6 +162,8 @@ def counted_in(models: Mapping[str, Any], sequences: Sequences, new: np.ndarray)
     counted = dict(models)
     for name, model in models.items():
         if isinstance(model, Covisitation):
+            counted[name] = model.update(sequences, new)
+        elif isinstance(model, Kinds):
             counted[name] = model.update(sequences, new)
         elif isinstance(model, Popularity):
             counted[name] = model.update(sequences.items[new], sequences.events[new], sequences.times[new])

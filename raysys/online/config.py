@@ -24,7 +24,8 @@ class OnlineConfig:
     lr: float = 2e-4
     """Peak learning rate of the fine-tuning, about a tenth of the training's."""
     recent_half_life_days: float = 4.0
-    """A co-visitation of the learner's own forgets a pair by half in so many days of the data's time; 0 for none."""
+    """The learner's own sources, of items and of kinds of items, forget what followed what by half in so many days of the data's time; 0
+    for neither."""
     mixture_events: int = 2000
     """Newest events on which the weights and temperatures of the sources are refitted, at most."""
     mixture_prior: float = 200.0

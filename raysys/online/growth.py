@@ -21,6 +21,7 @@ from raysys.models.dot_product import DotProduct
 from raysys.models.interest import InterestEncoder, InterestRetriever
 from raysys.models.newcomers import neighbour_weights
 from raysys.online.feed import flat_sequences
+from raysys.online.kinds import KINDS
 from raysys.online.recent import RECENT
 from raysys.schema import ITEM_ID, ITEM_IDX
 
@@ -50,6 +51,8 @@ def grown(bundle: Bundle, new_items: Mapping[str, Mapping[str, Any]]) -> Bundle:
     for name in ("covisit", RECENT):
         if name in models:
             models[name] = models[name].update(NO_EVENTS, np.zeros(0, bool), num_items=num_items)
+    if KINDS in models:
+        models[KINDS] = models[KINDS].grown(mix)
     if "linear" in models:
         models["linear"] = models["linear"].grown(num_items)
     empty = NO_EVENTS

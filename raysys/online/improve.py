@@ -18,6 +18,7 @@ from raysys.online.change import Change, has_fallen, log_ranks, outdated, ranks_
 from raysys.online.config import OnlineConfig
 from raysys.online.feed import Fresh, sampled_histories
 from raysys.online.gate import as_mixed, named, score, shifted, verdict
+from raysys.online.kinds import with_kinds
 from raysys.online.recent import with_recent
 from raysys.online.update import Update
 
@@ -73,7 +74,7 @@ def _improve(serving: Bundle, fresh: Fresh, config: OnlineConfig, seed: int) -> 
     figures["level"] = reached(known.get("level"), prequential[:, 1])
 
     away = [*fresh.keys, *fresh.erased]
-    start = with_recent(serving, config.recent_half_life_days)
+    start = with_kinds(with_recent(serving, config.recent_half_life_days), config.recent_half_life_days)
 
     def update_of(bundle: Bundle, change: Change | None) -> Update:
         # Users whose last event came before a change stand for tastes that are no more.

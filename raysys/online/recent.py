@@ -34,13 +34,13 @@ def with_recent(bundle: Bundle, half_life_days: float) -> Bundle:
     trained = bundle.models.get("covisit")
     weights = () if trained is None else trained.event_weights
     config = CovisitConfig(half_life_days=half_life_days)
-    newest = _newest(bundle.histories, half_life_days)
+    newest = newest_events(bundle.histories, half_life_days)
     source = Covisitation.fit(newest, bundle.items.num_rows, config, event_weights=weights)
     return dataclasses.replace(bundle, models={**bundle.models, RECENT: source})
 
 
-def _newest(histories: Histories, half_life_days: float) -> Sequences:
-    """What happened in the last half-lives before the newest event, by user."""
+def newest_events(histories: Histories, half_life_days: float) -> Sequences:
+    """What happened in the last HALF_LIVES half-lives before the newest event, by user."""
     table = histories.table.combine_chunks()
     lengths = pc.list_value_length(table["item_idx"]).to_numpy().astype(np.int64)
     items, events, times = (pc.list_flatten(table[name]).to_numpy() for name in ("item_idx", "event", "timestamp"))

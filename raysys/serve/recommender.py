@@ -42,6 +42,7 @@ SOURCE_SHARE = 0.1
 REASON_TEXT = {
     "covisit": "people who chose {title} chose this next",
     "recent": "people who choose {title} these days choose this next",
+    "kinds": "people who choose things like {title} go on to this these days",
     "linear": "goes with {title}",
     "interest": "fits what you have been choosing, {title} above all",
     "dot_product": "fits what you have been choosing",
@@ -53,6 +54,7 @@ REASON_TEXT_WITHOUT_ITEM = {
     "interest": "fits what you have been choosing",
     "covisit": "often chosen next",
     "recent": "often chosen next these days",
+    "kinds": "what people go on to these days",
     "linear": "goes with what you chose",
     "content": "fits your taste",
 }

@@ -10,6 +10,7 @@ from raysys.models.content import ContentNeighbours
 from raysys.models.covisit import Covisitation
 from raysys.models.dot_product import DotProduct, DotProductConfig
 from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetriever
+from raysys.models.kinds import Kinds
 from raysys.models.linear import Linear
 from raysys.models.popularity import Popularity
 from raysys.prepare.dataset import Sequences
@@ -48,11 +49,18 @@ def _content() -> ContentNeighbours:
     return ContentNeighbours.fit(vectors)
 
 
+def _kinds() -> Kinds:
+    counted = np.bincount(histories().items, minlength=NUM_ITEMS)
+    model = Kinds.of(np.arange(NUM_ITEMS) % 4, counted, event_weights=[1.0, 2.0, 0.5])
+    return model.update(histories(), np.ones(len(histories().items), bool))
+
+
 BUILDERS = {
     "covisit": lambda: Covisitation.fit(histories(), NUM_ITEMS, event_weights=[1.0, 2.0, 0.5]),
     "linear": lambda: Linear.fit([histories()], NUM_ITEMS, event_weights=[1.0, 2.0, 0.5]),
     "popularity": lambda: Popularity.fit(histories(), NUM_ITEMS, event_weights=[1.0, 2.0, 0.5]),
     "content": _content,
+    "kinds": _kinds,
     "dot_product": lambda: DotProduct.fit(histories(), NUM_ITEMS, DotProductConfig(dim=4, steps=5, batch_size=16), seed=3),
     "interest": _interest,
 }

@@ -16,6 +16,8 @@ import torch
 
 from raysys.adapters import import_dataset
 from raysys.bundle import Bundle, Histories
+from raysys.features.text import TextEncoder, item_text
+from raysys.models.content import ContentNeighbours
 from raysys.models.covisit import Covisitation
 from raysys.models.fusion import Fusion
 from raysys.models.interest import InterestConfig, InterestEncoder, InterestRetriever
@@ -30,11 +32,12 @@ OFFLINE = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "realtim
 BLOCK = 500
 REPLAY = SimulateConfig(max_events=5000, learn_every=BLOCK, window=2 * BLOCK)
 LEARNER = OnlineConfig(anchor_users=50)
+TEXTS = ("title", "text", "categories")
 WON_BACK = "lost hit rate won back after 2000 events"
 
 
-def first_version(head, folder: str) -> str:
-    """Encoder, co-visitation and popularity of the events before the stream, in seconds and without Ray."""
+def first_version(head, told: dict[str, dict], folder: str) -> str:
+    """Encoder, co-visitation, popularity and content of the events before the stream, in seconds and without Ray."""
     torch.set_num_threads(2)
     users = {user: row for row, user in enumerate(head["user_id"].unique(maintain_order=True))}
     ids = sorted(set(head["item_id"]), key=lambda item: int(item[1:]))
@@ -50,8 +53,9 @@ def first_version(head, folder: str) -> str:
         "interest": InterestRetriever.from_encoder(encoder, counts),
         "covisit": Covisitation.fit(flat, len(ids)),
         "popularity": Popularity.fit(flat, len(ids)),
+        "content": ContentNeighbours.fit(TextEncoder().encode([item_text(*(told[item].get(name) for name in TEXTS)) for item in ids])),
     }
-    mixture = Fusion.of({"interest": 0.9, "covisit": 0.05, "popularity": 0.05}, dict.fromkeys(models, 1.0))
+    mixture = Fusion.of({"interest": 0.9, "covisit": 0.05, "popularity": 0.05, "content": 0.0}, dict.fromkeys(models, 1.0))
     table = pa.table({"item_idx": pa.array(range(len(ids)), pa.int32()), "item_id": ids, "num_train": counts})
     histories = Histories.build(flat, list(users), max_events=50)
     fusion = {"mixture": mixture.to_dict(), "ranker_weight": 0.0}
@@ -69,7 +73,7 @@ def replayed(tmp_path, monkeypatch):
         data = str(tmp_path / "data")
         import_dataset("synthetic", None, data, users=500, items=1024, events=25_000, seed=seed, flip=0.63)
         head, tail, items = split(data, REPLAY)
-        bundle, flip = first_version(head, str(tmp_path / "bundle")), flip_place(data, tail, REPLAY)
+        bundle, flip = first_version(head, items, str(tmp_path / "bundle")), flip_place(data, tail, REPLAY)
         return [OFFLINE["replayed"](bundle, tail, items, str(tmp_path / "work"), REPLAY, one, flip)["figures"] for one in settings]
 
     return run
