@@ -1,10 +1,12 @@
 """The online loop on a real timeline: gain of learning, recovery from a flip of tastes, hot swaps under load, event to model.
 
     raysys import recbole ML100K --out DATA
-    raysys bench realtime/replay --data DATA --out runs/realtime [--events 0] [--only replay|flip|swaps|age]
+    raysys bench realtime/replay --data DATA --out runs/realtime [--events 0] [--only replay|flip|permutation|swaps|age]
 
 Leaves `replay.json` in the shape that benchmarks/scale/README.md describes, and the plots of both replays beside it. A bar is
-judged only on the whole of the last 20% of the data (`--events 0`); a shorter run leaves `met` null. `age` sends events at a steady
+judged only on the whole of the last 20% of the data (`--events 0`); a shorter run leaves `met` null. `flip` replays the end of a world
+that it makes itself, in which another taste follows each taste from some moment on; `permutation` the data's, in which every item stands
+for another one from the middle on, so that nothing learnt about any item is true any more. `age` sends events at a steady
 pace while a learner runs as `raysys online` does, with its default interval, and times what they and new items change meanwhile.
 Services run one after the other, on this machine, with the learner. With `--only` the file is `replay-PART.json`; one page of all:
 
@@ -25,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from raysys import storage
+from raysys.adapters import import_dataset
 from raysys.bundle import Bundle
 from raysys.errors import RaysysError
 from raysys.online.config import OnlineConfig
@@ -35,6 +38,8 @@ from raysys.serve.launch import running_service
 
 REQUESTS, SWAPS, CLIENTS = 5000, 10, 4
 WITHIN_EVENTS, WITHIN_S, GAIN = 2000, 60.0, 0.15
+FLIPPED = {"users": 1000, "items": 2400, "events": 50_000, "seed": 0, "flip": 0.63}
+"""World whose law over its 24 tastes flips within its last 20%, which are replayed."""
 AGE_ROUNDS, AGE_PAUSE_S = 4, 0.05
 """Versions waited for, and the pause between events, where the age of what a new version has learnt is measured."""
 CHANGED_EVERY, APPEARED_EVERY = 10, 100
@@ -53,7 +58,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=500)
     parser.add_argument("--train-epochs", type=int, default=10)
     parser.add_argument("--requests", type=int, default=REQUESTS)
-    parser.add_argument("--only", choices=["replay", "flip", "swaps", "age"], default=None)
+    parser.add_argument("--only", choices=["replay", "flip", "permutation", "swaps", "age"], default=None)
     arguments = parser.parse_args()
     config = SimulateConfig(
         max_events=arguments.events, learn_every=arguments.learn_every, window=arguments.window, train_epochs=arguments.train_epochs
@@ -79,13 +84,20 @@ def main() -> None:
         shown = result["figures"].get("event answered -> next answer, p99 ms, on")
         bars.append(bar("event answered -> changed recommendation, p99 ms", f"<= {VISIBLE_MS:.0f}", shown, VISIBLE_MS, whole, most=True))
         shutil.copy(Path(work) / "plain" / "replay.png", Path(arguments.out) / "replay.png")
-    if arguments.only in (None, "flip"):
-        result = simulate(arguments.data, storage.join(work, "flip"), replace(config, flip=0.5), model=bundle)
-        rows += rows_of("flip", result)
-        figures |= {f"flip: {name}": value for name, value in result["figures"].items()}
+    for part in ("flip", "permutation"):
+        if arguments.only not in (None, part):
+            continue
+        if part == "flip":
+            world = storage.join(work, "world")
+            import_dataset("synthetic", None, world, **FLIPPED)
+            result = simulate(world, storage.join(work, part), config)
+        else:
+            result = simulate(arguments.data, storage.join(work, part), replace(config, flip=0.5), model=bundle)
+        rows += rows_of(part, result)
+        figures |= {f"{part}: {name}": value for name, value in result["figures"].items()}
         took = result["figures"].get("events to recovery, on")
-        bars.append(bar("events until 90% of what the flip lost is back", f"<= {WITHIN_EVENTS}", took, WITHIN_EVENTS, whole, most=True))
-        shutil.copy(Path(work) / "flip" / "replay.png", Path(arguments.out) / "replay_flip.png")
+        bars.append(bar(f"events until 90% of what the {part} lost is back", f"<= {WITHIN_EVENTS}", took, WITHIN_EVENTS, whole, most=True))
+        shutil.copy(Path(work) / part / "replay.png", Path(arguments.out) / f"replay_{part}.png")
     if arguments.only in (None, "swaps"):
         found = swaps(bundle, tail, storage.join(work, "swaps"), arguments.requests)
         rows.append({"series": "hot swaps", **found})
