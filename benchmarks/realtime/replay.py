@@ -3,7 +3,7 @@
     raysys import recbole ML100K --out DATA
     raysys bench realtime/replay --data DATA --out runs/realtime [--events 0] [--only replay|flip|permutation|swaps|age]
 
-Leaves `replay.json` in the shape that benchmarks/scale/README.md describes, and the plots of both replays beside it. A bar is
+Leaves `replay.json` in the shape that benchmarks/scale/README.md describes, and the plots of the replays beside it. A bar is
 judged only on the whole of the last 20% of the data (`--events 0`); a shorter run leaves `met` null. `flip` replays the end of a world
 that it makes itself, in which another taste follows each taste from some moment on; `permutation` the data's, in which every item stands
 for another one from the middle on, so that nothing learnt about any item is true any more. `age` sends events at a steady
@@ -65,13 +65,16 @@ def main() -> None:
     )
     work = storage.join(arguments.out, "replay")
     head, tail, items = split(arguments.data, config)
-    bundle = first_model(head, items, work, config)
+
+    def first() -> str:  # trained once, and not at all where a part needs none
+        return first_model(head, items, work, config)
+
     whole = arguments.events == 0
     rows: list[dict] = []
     figures: dict[str, float | None] = {}
     bars: list[dict] = []
     if arguments.only in (None, "replay"):
-        result = simulate(arguments.data, storage.join(work, "plain"), config, model=bundle)
+        result = simulate(arguments.data, storage.join(work, "plain"), config, model=first())
         rows += rows_of("plain", result)
         figures |= result["figures"]
         bars.append(bar("replay, relative hit-rate@10 of learning", f">= {GAIN}", result["figures"].get("relative gain"), GAIN, whole))
@@ -92,20 +95,20 @@ def main() -> None:
             import_dataset("synthetic", None, world, **FLIPPED)
             result = simulate(world, storage.join(work, part), config)
         else:
-            result = simulate(arguments.data, storage.join(work, part), replace(config, flip=0.5), model=bundle)
+            result = simulate(arguments.data, storage.join(work, part), replace(config, flip=0.5), model=first())
         rows += rows_of(part, result)
         figures |= {f"{part}: {name}": value for name, value in result["figures"].items()}
         took = result["figures"].get("events to recovery, on")
         bars.append(bar(f"events until 90% of what the {part} lost is back", f"<= {WITHIN_EVENTS}", took, WITHIN_EVENTS, whole, most=True))
         shutil.copy(Path(work) / part / "replay.png", Path(arguments.out) / f"replay_{part}.png")
     if arguments.only in (None, "swaps"):
-        found = swaps(bundle, tail, storage.join(work, "swaps"), arguments.requests)
+        found = swaps(first(), tail, storage.join(work, "swaps"), arguments.requests)
         rows.append({"series": "hot swaps", **found})
         enough = found["requests"] >= REQUESTS and found["swaps"] >= SWAPS
         for name in ("failures", "mixed"):
             bars.append(bar(f"{REQUESTS} requests across {SWAPS} hot swaps, {name}", "0", found[name], 0, enough, most=True))
     if arguments.only in (None, "age"):
-        found_ages, age_figures, age_bars = age(bundle, tail, items, storage.join(work, "age"))
+        found_ages, age_figures, age_bars = age(first(), tail, items, storage.join(work, "age"))
         rows += found_ages
         figures |= age_figures
         bars += age_bars

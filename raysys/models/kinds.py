@@ -107,10 +107,8 @@ class Kinds:
 
     def grown(self, mix: np.ndarray) -> "Kinds":
         """With M new items at the end, each of the kind that most of its neighbours by content have; (M, N) weights of these."""
-        shares = np.zeros((len(mix), len(self.arrivals)), np.float32)
-        for kind in range(shares.shape[1]):
-            shares[:, kind] = mix[:, self.kinds == kind].sum(axis=1)
-        kinds = np.concatenate([self.kinds, shares.argmax(axis=1).astype(np.int32)])
+        found = (mix @ self.item_vectors[:, :-1]).argmax(axis=1)
+        kinds = np.concatenate([self.kinds, found.astype(np.int32)])
         return replace(self, kinds=kinds, item_counts=np.concatenate([self.item_counts, np.zeros(len(mix), np.float32)]))
 
     def update(self, sequences: Sequences, new: np.ndarray) -> "Kinds":
@@ -142,9 +140,9 @@ class Kinds:
 
     def scores(self, queries: Queries) -> np.ndarray:
         """(B, N) float32 log-probability of each item as the next; 0 for all after an empty history."""
-        found = np.log(np.maximum(self._next_kinds(queries), LEAST)).astype(np.float32)[:, self.kinds] + self._log_shares
-        found[queries.lengths == 0] = 0.0
-        return found
+        vectors = self.user_vectors(queries)
+        # The product with `item_vectors`, which are nearly all zeros.
+        return vectors[:, self.kinds] + vectors[:, -1:] * self._log_shares
 
     def user_vectors(self, queries: Queries) -> np.ndarray:
         """(B, G + 1) float32: log-probability of each kind, and 1; all 0 after an empty history."""

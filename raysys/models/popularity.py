@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from raysys.models.base import Arrays, Meta
-from raysys.models.counting import fade
+from raysys.models.counting import fade, weights_of
 from raysys.prepare.dataset import Sequences
 from raysys.queries import Queries
 from raysys.schema import UNKNOWN_ITEM
@@ -93,9 +93,7 @@ class Popularity:
         counts = np.zeros(max(num_items or 0, len(self.counts)))
         watermark = max(self.watermark, int(times.max(initial=0)))
         counts[: len(self.counts)] = self.counts * self._fade(np.array(watermark - self.watermark) if self.watermark else np.array(0))
-        weights = np.ones(max(256, len(self.event_weights)), np.float64)
-        weights[: len(self.event_weights)] = self.event_weights
-        np.add.at(counts, items, weights[events] * self._fade(watermark - times))
+        np.add.at(counts, items, weights_of(events, self.event_weights) * self._fade(watermark - times))
         return Popularity(counts, watermark, self.config, event_weights=self.event_weights, decay=self.decay)
 
     def scores(self, queries: Queries) -> np.ndarray:
@@ -119,6 +117,4 @@ class Popularity:
         return cls(arrays["counts"], meta["watermark"], config, event_weights=arrays["event_weights"], decay=meta["decay"])
 
     def _fade(self, age_s: np.ndarray) -> np.ndarray:
-        if not self.decay:
-            return np.ones_like(age_s, dtype=np.float64)
-        return fade(age_s, self.config.half_life_days)
+        return fade(age_s, self.config.half_life_days if self.decay else None)

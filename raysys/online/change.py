@@ -161,9 +161,7 @@ def counted_in(models: Mapping[str, Any], sequences: Sequences, new: np.ndarray)
     """
     counted = dict(models)
     for name, model in models.items():
-        if isinstance(model, Covisitation):
-            counted[name] = model.update(sequences, new)
-        elif isinstance(model, Kinds):
+        if isinstance(model, (Covisitation, Kinds)):
             counted[name] = model.update(sequences, new)
         elif isinstance(model, Popularity):
             counted[name] = model.update(sequences.items[new], sequences.events[new], sequences.times[new])

@@ -13,7 +13,7 @@ from sklearn.cluster import KMeans
 
 from raysys.bundle import Bundle
 from raysys.models.kinds import Kinds, KindsConfig
-from raysys.online.recent import newest_events
+from raysys.online.recent import event_weights, is_wanted, newest_events
 from raysys.prepare.dataset import Sequences
 
 KINDS = "kinds"
@@ -28,6 +28,8 @@ MAX_FORETOLD = 5000
 """Events that choose it, at most."""
 AT_ONCE = 65_536
 """Items that are compared with all kinds together."""
+SCORED_AT_ONCE = 250
+"""Events whose every next item is scored together."""
 
 
 def with_kinds(bundle: Bundle, half_life_days: float, *, seed: int = 0) -> Bundle:
@@ -41,20 +43,16 @@ def with_kinds(bundle: Bundle, half_life_days: float, *, seed: int = 0) -> Bundl
     Returns:
         The bundle itself where time is ordinal, no item has content, or there are fewer items than the fewest kinds.
     """
-    have = bundle.models.get(KINDS)
-    if half_life_days <= 0 or bundle.manifest.get("time") == "ordinal" or (have and have.config.half_life_days == half_life_days):
+    if not is_wanted(bundle, KINDS, half_life_days):
         return bundle
     vectors = bundle.content_vectors
     if vectors is None or int(vectors.any(axis=1).sum()) <= NUM_KINDS[0]:
         return bundle
-    trained = bundle.models.get("covisit")
-    weights = () if trained is None else trained.event_weights
     newest, counts = newest_events(bundle.histories, half_life_days), bundle.items["num_train"].to_numpy()
-    # The events are in the items' counts already, whether or not they are among the newest.
-    config, everything = KindsConfig(half_life_days=half_life_days), np.ones(len(newest.items), bool)
+    config, weights = KindsConfig(half_life_days=half_life_days), event_weights(bundle)
     tried = [Kinds.of(kinds, counts, config, event_weights=weights) for kinds in _sortings(vectors, counts, seed)]
     chosen = max(tried, key=lambda model: _foretells(model, newest)) if len(newest.items) else tried[0]
-    source = dataclasses.replace(chosen.update(newest, everything), item_counts=chosen.item_counts)
+    source = _followed(chosen, newest, np.ones(len(newest.items), bool))
     return dataclasses.replace(bundle, models={**bundle.models, KINDS: source})
 
 
@@ -76,16 +74,20 @@ def _sortings(vectors: np.ndarray, counts: np.ndarray, seed: int) -> list[np.nda
     return found
 
 
+def _followed(model: Kinds, newest: Sequences, counted: np.ndarray) -> Kinds:
+    """The model with what followed what counted; the events themselves are in the items' counts already."""
+    return dataclasses.replace(model.update(newest, counted), item_counts=model.item_counts)
+
+
 def _foretells(model: Kinds, newest: Sequences) -> float:
     """Mean log-probability of the last events when those before them have been counted, nats."""
     latest = np.zeros(len(newest.items), bool)
     latest[np.argsort(newest.times, kind="stable")[-max(1, min(MAX_FORETOLD, int(FORETOLD * len(newest.items)))) :]] = True
-    before = model.update(newest, ~latest)
+    before = _followed(model, newest, ~latest)
     positions = np.flatnonzero(latest & (newest.items >= 0))
     positions = positions[positions > newest.indptr[newest.rows[positions]]]
     if not len(positions):
         return 0.0
-    shared = dataclasses.replace(before, item_counts=model.item_counts)
-    parts = np.array_split(positions, max(1, len(positions) // 250))
-    scores = [shared.scores(newest.queries_before(part))[np.arange(len(part)), newest.items[part]] for part in parts]
+    parts = np.array_split(positions, max(1, len(positions) // SCORED_AT_ONCE))
+    scores = [before.scores(newest.queries_before(part))[np.arange(len(part)), newest.items[part]] for part in parts]
     return float(np.concatenate(scores).mean())

@@ -28,15 +28,25 @@ def with_recent(bundle: Bundle, half_life_days: float) -> Bundle:
         bundle: not changed. Weights and manifest stay, so a source that is new has no weight yet.
         half_life_days: a pair counts half after so many days of the data's own time; 0 for no such source.
     """
-    have = bundle.models.get(RECENT)
-    if half_life_days <= 0 or bundle.manifest.get("time") == "ordinal" or (have and have.config.half_life_days == half_life_days):
+    if not is_wanted(bundle, RECENT, half_life_days):
         return bundle
-    trained = bundle.models.get("covisit")
-    weights = () if trained is None else trained.event_weights
     config = CovisitConfig(half_life_days=half_life_days)
     newest = newest_events(bundle.histories, half_life_days)
-    source = Covisitation.fit(newest, bundle.items.num_rows, config, event_weights=weights)
+    source = Covisitation.fit(newest, bundle.items.num_rows, config, event_weights=event_weights(bundle))
     return dataclasses.replace(bundle, models={**bundle.models, RECENT: source})
+
+
+def is_wanted(bundle: Bundle, name: str, half_life_days: float) -> bool:
+    """Whether the learner has to make a source of its own that forgets: there is to be one, and the bundle has none of this half-life."""
+    have = bundle.models.get(name)
+    ordinal = bundle.manifest.get("time") == "ordinal"
+    return half_life_days > 0 and not ordinal and (have is None or have.config.half_life_days != half_life_days)
+
+
+def event_weights(bundle: Bundle) -> np.ndarray:
+    """(T,) float32 weight by event code, as the bundle's co-visitation counts; empty, so that all weigh 1, without one."""
+    trained = bundle.models.get("covisit")
+    return np.zeros(0, np.float32) if trained is None else trained.event_weights
 
 
 def newest_events(histories: Histories, half_life_days: float) -> Sequences:
