@@ -109,6 +109,7 @@ def choose_fusion(
     chunk: int = 256,
     doubt: float = 0.0,
     calm: Sequence[float] = (1.0,),
+    present: Fusion | None = None,
 ) -> tuple[Fusion, dict]:
     """Sources, weights and temperatures that maximise NDCG on validation queries, by greedy forward selection.
 
@@ -127,6 +128,7 @@ def choose_fusion(
             the encoder's must be better; for few queries, which tell no less from luck.
         calm: factors of all temperatures that are tried at the end; of those that cost no NDCG beyond the doubt, the one with the least
             log loss is taken. For sources that are surer than they should be.
+        present: a mixture that is kept, but for what `calm` does to it, unless the best that is found is better beyond the doubt.
 
     Returns:
         The fusion, and the report of `judge_fusion` on the same queries.
@@ -151,6 +153,10 @@ def choose_fusion(
     ordered = sorted(starts, key=lambda start: (start != ("interest", 1.0), start))
     outcomes = [_grow(figure, names, first, {**temperatures, first: start}, pools.spread, min_gain) for first, start in ordered]
     weights, temperatures, best = max(outcomes, key=lambda outcome: outcome[2] + (uncertain if outcome is outcomes[0] else 0.0))
+    if present is not None:
+        held = present.weights, {**temperatures, **present.temperatures}
+        if (kept_figure := figure(*held)) >= best - uncertain:
+            weights, temperatures, best = *held, kept_figure
     fusion = Fusion.of({name: weights.get(name, 0.0) for name in names}, temperatures)
     calmed = [Fusion(fusion.weights, {name: factor * value for name, value in temperatures.items()}) for factor in calm]
     kept = [one for one in calmed if pools.ndcg(one.weights, one.temperatures, cutoff) >= best - uncertain]

@@ -143,7 +143,9 @@ class Update:
             fusion = self._evidence.refitted(prior_events=self.config.mixture_prior, first=first)
         elif first:
             targets = self.fresh.sequences.items[positions[:first]].astype(np.int64)
-            fusion, _ = choose_fusion(sources, targets, allowed, doubt=YOUNG_DOUBT, calm=YOUNG_CALM)
+            # Once the change has a mixture, another one is not chosen anew from a few events in every round: that was mostly luck.
+            present = Fusion.from_dict(self.bundle.fusion["mixture"]) if self.change is not None and self.change.events else None
+            fusion, _ = choose_fusion(sources, targets, allowed, doubt=YOUNG_DOUBT, calm=YOUNG_CALM, present=present)
         else:
             return self.bundle.fusion
         return {**self.bundle.fusion, "mixture": fusion.to_dict()}

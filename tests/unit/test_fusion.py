@@ -161,3 +161,21 @@ def test_in_doubt_the_encoder_stays_alone_and_is_calmed():
     cautious, report = choose_fusion(*arguments, doubt=1.0, calm=(1.0, 4.0, 16.0))
     assert cautious.weights["other"] == 0 and cautious.temperatures["interest"] == 16.0
     assert report["fused"] == report["alone"]["interest"], "order within a source does not depend on its temperature"
+
+
+def test_a_mixture_at_hand_is_kept_unless_another_is_better_beyond_the_doubt():
+    """Eighty queries: `left` knows three in four of the targets. What is at hand follows it, or the source that knows nothing."""
+    rng = np.random.default_rng(1)
+    targets = rng.integers(0, 60, 80)
+    left, right = (rng.normal(size=(80, 60)).astype(np.float32) for _ in range(2))
+    left[np.arange(60), targets[:60]] += 5.0
+    right[np.arange(60, 63), targets[60:63]] += 5.0
+    arguments = ({"left": left.__getitem__, "right": right.__getitem__}, targets, lambda rows: np.ones((80, 60), bool)[rows])
+    good = Fusion({"left": 0.9, "right": 0.1}, {"left": 0.3, "right": 1.0})
+    best, _ = choose_fusion(*arguments, doubt=1.0)
+    assert best.weights != good.weights
+    kept, _ = choose_fusion(*arguments, doubt=1.0, present=good)
+    assert kept == good
+    assert choose_fusion(*arguments, doubt=1.0, present=good, calm=(1.0, 2.0))[0].weights == good.weights
+    stale, _ = choose_fusion(*arguments, doubt=1.0, present=Fusion({"right": 1.0}, {"right": 1.0}))
+    assert stale == best, "what is at hand is no better than luck"
