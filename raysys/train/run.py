@@ -16,7 +16,7 @@ import ray
 import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from safetensors.numpy import load as load_arrays
 
 from raysys import config, storage
@@ -28,6 +28,7 @@ from raysys.train.evidence import Evidence
 from raysys.train.progress import printed_progress
 from raysys.train.stages import PARTS, run_stages
 from raysys.train.survey import survey_if_streamed
+from raysys.train.trainer import Trainer
 from raysys.train.worker import Plan
 
 Rows = list[tuple[str, str]]
@@ -89,7 +90,7 @@ def train(
     )
     say = (lambda line: None) if quiet else (lambda line: print(f"      {line}", flush=True))
     with printed_progress(say) as board:
-        trainer = TorchTrainer(
+        trainer = Trainer(
             run_stages,
             train_loop_config={"plan": plan, "board": board},
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers > 1 and _has_cuda(settings) else "gloo"),

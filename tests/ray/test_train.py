@@ -13,6 +13,7 @@ import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
+from ray.train.torch import TorchTrainer
 
 from raysys.bundle import Bundle
 from raysys.errors import ConfigError, SchemaError
@@ -24,6 +25,7 @@ from raysys.train import run as run_module
 from raysys.train.config import TrainConfig, load_train_config
 from raysys.train.parts import Parts
 from raysys.train.run import train
+from raysys.train.trainer import Trainer
 from tests import planted
 from tests.boards import Board
 from tests.prepared import leave_one_out, write_prepared
@@ -158,6 +160,16 @@ def test_two_workers_learn_as_one_and_train_plus_valid_says_so(undisturbed, prep
     assert not np.array_equal(arrays_of(out)[name], arrays_of(tmp_path / "bundle")[name]), "the validation events are in"
     with pytest.raises(ConfigError, match="fitted on train.valid, so its valid figures would be of seen data"):
         evaluate(prepared, str(tmp_path / "bundle"), split="valid", bootstrap=0)
+
+
+def test_without_a_dashboard_nobody_waits_for_the_cleaner_that_would_ask_it(cluster, monkeypatch):
+    def names(kind: type) -> set[str]:
+        return {type(callback).__name__ for callback in kind(print)._create_default_callbacks()}
+
+    cleaner = "PlacementGroupCleanerCallback"
+    assert names(TorchTrainer) - names(Trainer) == {cleaner}, "or Ray has another name for it now"
+    monkeypatch.setattr("raysys.train.trainer.get_dashboard_url", lambda: "127.0.0.1:8265")
+    assert cleaner in names(Trainer)
 
 
 @pytest.fixture(scope="module")
