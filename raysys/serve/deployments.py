@@ -48,6 +48,8 @@ from raysys.serve.together import MAX_BATCH, TogetherBackend, raised
 LOG = logging.getLogger("ray.serve")
 WRITE_RETRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 """Waits before a write is repeated after its replica died; a new one is up in a few seconds."""
+HEALTH_CHECK_S = 2.0
+"""A dead replica is noticed, and another one started, when Serve next asks it for its health: every 10 s by default."""
 TRY_S = 30.0
 """Patience with the first request, which a replica sends itself before it is ready, seconds a stage."""
 NOTHING_PUBLISHED = "no model published; run `raysys train --prepared DIR --out BUNDLE`, then `raysys publish BUNDLE --registry {registry}`"
@@ -59,7 +61,7 @@ def _exported(metrics: Metrics) -> Metrics:
     return metrics
 
 
-@serve.deployment
+@serve.deployment(health_check_period_s=HEALTH_CHECK_S)
 class Retrieval:
     """Candidates for many requests at once.
 
@@ -82,7 +84,7 @@ class Retrieval:
         return explain_one(self._models.get(version), query, items)
 
 
-@serve.deployment
+@serve.deployment(health_check_period_s=HEALTH_CHECK_S)
 class Ranking:
     """Scores and probabilities of candidates, for many requests at once.
 
@@ -101,7 +103,7 @@ class Ranking:
         return self._models.answer("ranking", requests, rank_many)
 
 
-@serve.deployment
+@serve.deployment(health_check_period_s=HEALTH_CHECK_S)
 class Ingestion:
     """The writer of log and state: durable, then visible, then answered.
 
@@ -187,7 +189,7 @@ class HandleWriter:
         self._ingestion.write.remote(records)
 
 
-@serve.deployment
+@serve.deployment(health_check_period_s=HEALTH_CHECK_S)
 @serve.ingress()
 class Ingress:
     """HTTP, user state and the order of stages; follows the registry to the newest version that every stage can load.
