@@ -64,6 +64,7 @@ def main() -> None:
         max_events=arguments.events, learn_every=arguments.learn_every, window=arguments.window, train_epochs=arguments.train_epochs
     )
     work = storage.join(arguments.out, "replay")
+    name = f"replay-{arguments.only}" if arguments.only else "replay"  # of the JSON, and of the picture of what it tells
     head, tail, items = split(arguments.data, config)
 
     def first() -> str:  # trained once, and not at all where a part needs none
@@ -86,7 +87,7 @@ def main() -> None:
         )
         shown = result["figures"].get("event answered -> next answer, p99 ms, on")
         bars.append(bar("event answered -> changed recommendation, p99 ms", f"<= {VISIBLE_MS:.0f}", shown, VISIBLE_MS, whole, most=True))
-        shutil.copy(Path(work) / "plain" / "replay.png", Path(arguments.out) / "replay.png")
+        shutil.copy(Path(work) / "plain" / "replay.png", Path(arguments.out) / f"{name}.png")
     for part in ("flip", "permutation"):
         if arguments.only not in (None, part):
             continue
@@ -100,25 +101,24 @@ def main() -> None:
         figures |= {f"{part}: {name}": value for name, value in result["figures"].items()}
         took = result["figures"].get("events to recovery, on")
         bars.append(bar(f"events until 90% of what the {part} lost is back", f"<= {WITHIN_EVENTS}", took, WITHIN_EVENTS, whole, most=True))
-        shutil.copy(Path(work) / part / "replay.png", Path(arguments.out) / f"replay_{part}.png")
+        shutil.copy(Path(work) / part / "replay.png", Path(arguments.out) / f"replay-{part}.png")
     if arguments.only in (None, "swaps"):
         found = swaps(first(), tail, storage.join(work, "swaps"), arguments.requests)
         rows.append({"series": "hot swaps", **found})
         enough = found["requests"] >= REQUESTS and found["swaps"] >= SWAPS
-        for name in ("failures", "mixed"):
-            bars.append(bar(f"{REQUESTS} requests across {SWAPS} hot swaps, {name}", "0", found[name], 0, enough, most=True))
+        for kind in ("failures", "mixed"):
+            bars.append(bar(f"{REQUESTS} requests across {SWAPS} hot swaps, {kind}", "0", found[kind], 0, enough, most=True))
     if arguments.only in (None, "age"):
         found_ages, age_figures, age_bars = age(first(), tail, items, storage.join(work, "age"))
         rows += found_ages
         figures |= age_figures
         bars += age_bars
     about = {"data": arguments.data, "events": str(arguments.events or "all"), "learn_every": str(arguments.learn_every)}
-    name = f"replay-{arguments.only}" if arguments.only else "replay"
     storage.write_json(
         storage.join(arguments.out, f"{name}.json"), {"name": name, "rows": rows, "figures": figures, "bars": bars, "about": about}
     )
-    for name, value in figures.items():
-        print(f"{name}: {'-' if value is None else f'{value:.4g}'}")
+    for figure, value in figures.items():
+        print(f"{figure}: {'-' if value is None else f'{value:.4g}'}")
     for one in bars:
         print(f"{ {True: 'met', False: 'missed', None: 'not judged'}[one['met']] }  {one['what']}: {one['measured']} ({one['bar']})")
 
