@@ -27,6 +27,7 @@ from raysys.registry import Registry
 from raysys.serve.catalogue import Catalogue, CatalogueBounds, live_encoder
 from raysys.serve.exporter import Exporter
 from raysys.serve.http import create_app
+from raysys.serve.lanes import Lane, raised
 from raysys.serve.metrics import Metrics
 from raysys.serve.models import (
     POLL_S,
@@ -43,7 +44,7 @@ from raysys.serve.models import (
 from raysys.serve.rate import Rate
 from raysys.serve.recommender import Backend, Recommender, RetrievedOne, Version
 from raysys.serve.request import Budget
-from raysys.serve.together import MAX_BATCH, TogetherBackend, raised
+from raysys.serve.together import TogetherBackend
 
 LOG = logging.getLogger("ray.serve")
 WRITE_RETRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
@@ -73,9 +74,13 @@ class Retrieval:
     def __init__(self, registry: str, compute: Compute):
         self._models = Models(registry, compute, _exported(Metrics()), only=RETRIEVAL_MODELS)
         self._models.follow()
+        self._lane = Lane("retrieval", self.retrieve_all)
 
-    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.0)
-    async def retrieve(self, requests: list[RetrieveRequest]) -> list[RetrievedOne | Exception]:
+    async def retrieve(self, request: RetrieveRequest) -> RetrievedOne | Exception:
+        """Its candidates, computed with those of the requests that wait as well."""
+        return await self._lane.answer(request)
+
+    def retrieve_all(self, requests: list[RetrieveRequest]) -> list[RetrievedOne | Exception]:
         """See `retrieve_many`."""
         return self._models.answer("retrieval", requests, retrieve_many)
 
@@ -96,11 +101,11 @@ class Ranking:
     def __init__(self, registry: str, compute: Compute):
         self._models = Models(registry, compute, _exported(Metrics()), only=("ranker",))
         self._models.follow()
+        self._lane = Lane("ranking", lambda requests: self._models.answer("ranking", requests, rank_many))
 
-    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.0)
-    async def rank(self, requests: list[RankRequest]) -> list[tuple[np.ndarray, np.ndarray] | Exception]:
-        """See `rank_many`."""
-        return self._models.answer("ranking", requests, rank_many)
+    async def rank(self, request: RankRequest) -> tuple[np.ndarray, np.ndarray] | Exception:
+        """Scores and probabilities, computed with those of the requests that wait as well."""
+        return await self._lane.answer(request)
 
 
 @serve.deployment(health_check_period_s=HEALTH_CHECK_S)

@@ -13,9 +13,11 @@ from raysys.pipeline import Pipeline
 from raysys.pools.config import PoolConfig
 from raysys.queries import Queries
 from raysys.registry import Registry
+from raysys.serve import deployments
+from raysys.serve.lanes import MAX_BATCH, Lane
 from raysys.serve.metrics import Metrics
 from raysys.serve.models import Compute, Models
-from raysys.serve.together import MAX_BATCH, Lane, TogetherBackend
+from raysys.serve.together import TogetherBackend
 
 NOBODY = np.zeros(0, np.int32)
 
@@ -105,6 +107,34 @@ def test_a_stage_takes_what_waits_at_once_and_skips_who_gave_up():
     answers = asyncio.run(run())
     assert batches[0] == [0] and batches[1][:2] == [1, 3] and len(batches) == 3  # 2 gave up and was not begun
     assert answers[0] == 0 and isinstance(answers[1], ValueError) and isinstance(answers[2], asyncio.CancelledError) and answers[4] == 4
+
+
+@pytest.mark.parametrize("name, call", [("Retrieval", "retrieve"), ("Ranking", "rank")])
+def test_a_stage_of_its_own_takes_what_waits_at_once(name, call, tmp_path, planted_bundle, monkeypatch):
+    """What came while the first batch was computed is the second one; `serve.batch` would compute nine more, one after the other."""
+    Registry(str(tmp_path)).publish(planted_bundle)
+    monkeypatch.setattr(deployments, "_exported", lambda metrics: metrics)
+    replica = getattr(deployments, name).func_or_class(str(tmp_path), Compute())
+    begin, batches = threading.Event(), []
+
+    def handled(stage, requests, handle):
+        begin.wait(5)
+        batches.append(list(requests))
+        return [ValueError("odd") if request % 2 else request for request in requests]
+
+    monkeypatch.setattr(replica._models, "answer", handled)
+
+    async def run():
+        first = asyncio.create_task(getattr(replica, call)(0))
+        await asyncio.sleep(0.1)  # the thread holds the first one
+        rest = [asyncio.create_task(getattr(replica, call)(number)) for number in range(1, 10)]
+        await asyncio.sleep(0.05)
+        begin.set()
+        return await asyncio.gather(first, *rest)
+
+    answers = asyncio.run(run())
+    assert batches == [[0], list(range(1, 10))]
+    assert answers[2] == 2 and isinstance(answers[1], ValueError), "an exception comes as a value: it has a hop before it"
 
 
 def test_a_broken_stage_goes_on():
