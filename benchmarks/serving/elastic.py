@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,7 +116,6 @@ def cluster(folder: str, nodes: int) -> Iterator[str]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_raylet_start_wait_time_s": "240",  # a busy machine starts its nodes in minutes, not in seconds
         "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(HERE)])),  # _elastic_app, for every worker
-        "RAYSYS_HOME": os.environ.get("RAYSYS_HOME", f"{folder}/home"),
     }
     os.environ["RAY_AUTH_MODE"] = "disabled"
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", f"--autoscaling-config={path}"]
@@ -204,7 +204,7 @@ class Load:
         self.port, self.users, self.clients = port, users, 1
         self.answers: list[tuple[float, float]] = []
         self.failures: list[tuple[float, str]] = []
-        self.degraded = 0
+        self.degraded: Counter[str] = Counter()
         self._done = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -249,7 +249,8 @@ class Load:
                 self.failures.append((started, f"HTTP {response.status}: {text[:200]!r}"))
             else:
                 self.answers.append((started, (time.monotonic() - started) * 1000))
-                self.degraded += answer["degraded"]
+                if answer["degraded"]:
+                    self.degraded[answer["degraded_reason"]] += 1
 
 
 class Watch:
@@ -318,7 +319,8 @@ def report(timeline: list[dict], load: Load, *, clients: int, load_s: float, nod
         "rows": windows,
         "figures": {
             "requests": len(load.answers) + len(load.failures),
-            "degraded answers": load.degraded,
+            "degraded answers": load.degraded.total(),
+            "why": "; ".join(f"{count} x {reason}" for reason, count in load.degraded.most_common(3)) or None,
             "failures": "; ".join(text for _, text in load.failures[:5]) or None,
         },
         "bars": bars,
