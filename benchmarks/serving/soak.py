@@ -131,7 +131,7 @@ class Harm:
 
     def __init__(self, load: Load, registry: Registry, bundle: Bundle, folder: str, marker: bytes, arguments: argparse.Namespace):
         self.load, self.registry, self.bundle, self.folder, self.marker = load, registry, bundle, folder, marker
-        self.spared: int | None = None  # the ingress replica that lives through all of it
+        self.spared = min(pid for pid in family(marker) if replica_of(pid) == "Ingress")  # lives through all of it
         self.kills: list[tuple[float, str]] = []
         self.versions: list[tuple[float, str]] = []
         self.memory: list[tuple[float, dict[str, int]]] = []
@@ -142,7 +142,6 @@ class Harm:
         self._threads = [threading.Thread(target=self._repeat, args=job, daemon=True) for job in jobs]
 
     def __enter__(self) -> "Harm":
-        self.spared = min(pid for pid in family(self.marker) if replica_of(pid) == "Ingress")
         for thread in self._threads:
             thread.start()
         return self

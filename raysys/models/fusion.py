@@ -152,11 +152,15 @@ def choose_fusion(
     # The encoder's own temperature first: where another one orders no better it would only sharpen what the loss had calibrated.
     ordered = sorted(starts, key=lambda start: (start != ("interest", 1.0), start))
     outcomes = [_grow(figure, names, first, {**temperatures, first: start}, pools.spread, min_gain) for first, start in ordered]
-    weights, temperatures, best = max(outcomes, key=lambda outcome: outcome[2] + (uncertain if outcome is outcomes[0] else 0.0))
+    favoured = [outcomes[0]]
     if present is not None:
-        held = present.weights, {**temperatures, **present.temperatures}
-        if (kept_figure := figure(*held)) >= best - uncertain:
-            weights, temperatures, best = *held, kept_figure
+        held = {name: present.weights.get(name, 0.0) for name in names}, {**temperatures, **present.temperatures}
+        favoured.append((*held, figure(*held)))
+    chosen = max(outcomes, key=lambda outcome: outcome[2])
+    for outcome in favoured:
+        if outcome[2] >= chosen[2] - uncertain:
+            chosen = outcome
+    weights, temperatures, best = chosen
     fusion = Fusion.of({name: weights.get(name, 0.0) for name in names}, temperatures)
     calmed = [Fusion(fusion.weights, {name: factor * value for name, value in temperatures.items()}) for factor in calm]
     kept = [one for one in calmed if pools.ndcg(one.weights, one.temperatures, cutoff) >= best - uncertain]

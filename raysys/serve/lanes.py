@@ -25,7 +25,7 @@ class Lane:
 
     def __init__(self, name: str, handle: Callable[[list[Any]], list[Any]]):
         self._handle = handle
-        # Bounded by the requests that the ingress takes at once.
+        # Bounded by the requests that its process takes at once.
         self._waiting: queue.SimpleQueue[tuple[Any, asyncio.Future]] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True, name=name).start()
 
